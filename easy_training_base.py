@@ -1,0 +1,179 @@
+# %% [markdown]
+# # Sparse autoencoders of ratios 1:1 to 1:32 on a language model's residual stream
+#
+# One pass over a transformer's activations trains every autoencoder of a ladder: all ratios x
+# sparsities x seeds. As a script this reads the command line; as a notebook, the demo preset.
+#
+#     python easy_training_base.py                                    # demo: minutes on two cores
+#     python easy_training_base.py --preset offline                   # an evening on a laptop
+#     python easy_training_base.py --preset pythia-70m                # a CUDA box with the hub
+#     python easy_training_base.py --lm gpt2 --hook-name blocks.6.hook_resid_post --ratios 8 32
+#     python easy_training_base.py --help                             # every setting
+
+# %%
+from sparse_coding.config import read_config
+from sparse_coding.errors import report_user_errors_in_one_line
+
+report_user_errors_in_one_line()
+cfg = read_config()
+
+# %% [markdown]
+# ## The plan
+# What is wrong in the settings is said here, before anything is harvested or overwritten.
+# Documents, not pieces of them, are split into training and held-out text.
+
+# %%
+import itertools
+import sys
+
+from sparse_coding.cache import CachedActivations
+from sparse_coding.checkpoint import StopSignal, load_run, save_run
+from sparse_coding.evaluation import Evaluation, density_histogram, evaluate, take_tokens
+from sparse_coding.formats.saelens import save_saelens
+from sparse_coding.harvest import (
+    AlignedSources,
+    Rows,
+    StreamingSources,
+    harvest_to_cache,
+    take_sample,
+)
+from sparse_coding.models import check_hook, load_lm
+from sparse_coding.reporting import Reporter, print_plan, print_results
+from sparse_coding.runs import Run, cache_settings, run_settings
+from sparse_coding.text import contexts, load_text
+from sparse_coding.training import Trainer, TrainingConfig, ladder
+
+specs = ladder(cfg.architecture, cfg.ratios, cfg.l1_coeffs, cfg.target_l0, cfg.seed)
+lm = load_lm(cfg.lm, device=cfg.device, dtype=cfg.dtype)
+for hook_name in cfg.hook_name:
+    check_hook(lm, hook_name)
+text = load_text(
+    cfg.text,
+    text_field=cfg.text_field,
+    skip_broken_lines=cfg.skip_broken_lines,
+    heldout_fraction=cfg.heldout_fraction,
+)
+run = Run(cfg, run_settings(cfg, lm=lm.identity, text=text.fingerprint_fields()), str(lm.device))
+print_plan(run, lm, specs)
+
+
+def token_batches(split):
+    """Contexts of one split of the text: tokens, their documents, and which positions count."""
+    return contexts(
+        text.documents(split),
+        lm.tokenizer,
+        context_length=cfg.context_length,
+        bos=cfg.bos,
+        pack=cfg.pack,
+    )
+
+
+# %% [markdown]
+# ## Harvest
+# The model runs up to the last hook and never computes logits. First positions, special tokens and
+# the few attention sinks with a huge norm are left out. Cached activations are shuffled globally:
+# row i of epoch e is the i-th value of a keyed permutation, so a place in the data is one integer.
+
+# %%
+rows = Rows(lm, lambda: token_batches("train"), cfg.hook_name)
+if cfg.cache:
+    settings = cache_settings(cfg, lm.identity, text.fingerprint_fields())
+    cache = harvest_to_cache(rows, cfg.output / "cache", settings, cfg.n_tokens, cfg.cache_dtype)
+    batching = {"batch_tokens": cfg.batch_tokens, "seed": cfg.data_seed, "n_epochs": cfg.n_epochs}
+    sources = AlignedSources(
+        {
+            hook_name: CachedActivations(cache, hook_name, **batching, device=lm.device)
+            for hook_name in cfg.hook_name
+        }
+    )
+    n_steps = sources.n_batches
+else:
+    sources = StreamingSources(rows, cfg.batch_tokens, cfg.data_seed, cfg.buffer_tokens)
+    n_steps = cfg.n_tokens * cfg.n_epochs // cfg.batch_tokens
+
+# %% [markdown]
+# ## Train
+# Every SAE sees the same batches. A step is: loss, gradient, projection, Adam, renormalisation;
+# `--step reference` does it by autograd, `auto` by the fastest kernel with the same result.
+
+# %%
+training = TrainingConfig(
+    n_steps=n_steps,
+    batch_tokens=cfg.batch_tokens,
+    lr=cfg.lr,
+    lr_warmup_fraction=cfg.lr_warmup_fraction,
+    lr_decay_fraction=cfg.lr_decay_fraction,
+    sparsity_warmup_fraction=cfg.sparsity_warmup_fraction,
+    initial_l0=cfg.initial_l0,
+    n_resamples=cfg.n_resamples,
+    step=cfg.step,
+)
+trainers = {}
+for hook_name, x in take_sample(sources, 8192).items():
+    prefix = f"{hook_name}/" if len(cfg.hook_name) > 1 else ""
+    trainers[hook_name] = Trainer(specs, training, x, prefix)
+
+parts = {"source": sources, **trainers}
+step = load_run(run.checkpoints, parts) if cfg.resume else 0
+run.cut_log(step)
+
+stop = StopSignal()
+with Reporter(run, n_steps, step) as reporter:
+    for batch in itertools.islice(sources, n_steps - step):
+        for hook_name, trainer in trainers.items():
+            trainer.step(batch[hook_name])
+        step += 1
+
+        is_last = step == n_steps or bool(stop.name)
+        if step % cfg.log_every == 0 or is_last:
+            reporter.log([row for trainer in trainers.values() for row in trainer.metrics()])
+        if step % cfg.checkpoint_every == 0 or is_last:
+            save_run(run.checkpoints, step, parts, cfg.keep_checkpoints)
+        if stop.name:
+            sys.exit(f"stopped by {stop.name} at step {step} of {n_steps}; go on with --resume")
+stop.restore()
+
+# %% [markdown]
+# ## Measure on held-out documents and save
+# `fvu` is the fraction of variance unexplained; `nats lost` is what the language model's
+# cross-entropy rises by when it runs on reconstructions. All brackets are 95 % intervals of a
+# bootstrap over documents.
+
+# %%
+heldout = take_tokens(token_batches("heldout"), cfg.n_tokens_eval)
+IDENTITY = ("name", "architecture", "ratio", "l1_coeff", "seed", "hook_name")
+results, densities = [], []
+for hook_name, trainer in trainers.items():
+    evaluation = Evaluation(lm, hook_name, heldout, rows.max_norms[hook_name])
+    saes = trainer.finished_saes()
+    measured = evaluate(evaluation, saes, trainer.raw_mean(), cfg.n_tokens_ce)
+    for name, facts in trainer.facts().items():
+        row = {"name": name, "lm": cfg.lm, "hook_name": hook_name} | facts | measured[name].row
+        results.append(row)
+        n_firings, n_rows = measured[name].n_firings, row["n_tokens_eval"]
+        identity = {key: row[key] for key in IDENTITY}
+        densities += [identity | bin_ for bin_ in density_histogram(n_firings, n_rows)]
+        metadata = {
+            "model_name": cfg.lm,
+            "hook_name": hook_name,
+            "context_size": cfg.context_length,
+            "dataset_path": cfg.text,
+        }
+        save_saelens(saes[name], run.folder / "saes" / name, metadata=metadata | {"l0": row["l0"]},
+                     density=n_firings / n_rows, overwrite=True)  # fmt: skip
+
+run.write_result("summary.json", results)
+run.write_result("results/feature_density.json", densities)
+print_results(results)
+
+# %% [markdown]
+# ## The first figures
+
+# %%
+from data_visualization import fig_feature_density, fig_reconstruction, style
+
+figures = [fig_reconstruction.draw(results), fig_feature_density.draw(densities)]
+for name, figure in zip(("fig_reconstruction", "fig_feature_density"), figures, strict=True):
+    for path in style.save(figure, run.folder / "figures", name):
+        print(path)
+print(f"everything is in {run.folder}")

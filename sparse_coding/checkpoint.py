@@ -1,0 +1,124 @@
+"""Checkpoints of a training run, and the signals that ask for a last one.
+
+A checkpoint is one safetensors file, written atomically; the newest few are kept.
+"""
+
+import re
+import shutil
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sparse_coding.errors import UserError
+from sparse_coding.storage import atomic_path
+
+_PATTERN = re.compile(r"step_(\d{9})\.safetensors")
+
+
+def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], keep: int) -> Path:
+    """Write `folder/step_000000123.safetensors` whole or not at all; delete all but `keep`."""
+    path = folder / f"step_{step:09d}.safetensors"
+    # Tied storage and transposed views are written as the plain tensors they stand for.
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    needed = sum(tensor.nbytes for tensor in plain.values())
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"no space for a checkpoint in {folder}: it needs {needed / 1e9:.2f} GB, "
+            f"{free / 1e9:.2f} GB are free; older checkpoints are untouched"
+        )
+    with atomic_path(path) as temporary:
+        save_file(plain, temporary)
+    for old in _checkpoints(folder)[:-keep]:
+        old.unlink()
+    return path
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.safetensors") if _PATTERN.fullmatch(path.name))
+
+
+def load_newest_checkpoint(folder: Path) -> tuple[int, dict[str, Tensor]] | None:
+    """Step and tensors of the newest readable checkpoint; None if the folder has none.
+
+    A damaged file is passed over in favour of the one before it, and named on the terminal.
+    """
+    damaged = []
+    for path in reversed(_checkpoints(folder)):
+        try:
+            tensors = load_file(path)
+        except (SafetensorError, OSError) as error:
+            damaged.append(path.name)
+            print(f"{path} is damaged ({error}); trying the one before it")
+            continue
+        return int(_PATTERN.fullmatch(path.name)[1]), tensors
+    if damaged:
+        raise UserError(f"every checkpoint in {folder} is damaged: {', '.join(damaged)}")
+    return None
+
+
+class Stateful(Protocol):
+    """A trainer or a source: its state is named tensors or integers."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def save_run(folder: Path, step: int, parts: dict[str, Stateful], keep: int) -> Path:
+    """One checkpoint of several parts (trainers, the source), each under its own name."""
+    tensors = {
+        f"{part}|{key}": torch.as_tensor(value)
+        for part, stateful in parts.items()
+        for key, value in stateful.state_dict().items()
+    }
+    return save_checkpoint(folder, step, tensors, keep)
+
+
+def load_run(folder: Path, parts: dict[str, Stateful]) -> int:
+    """Put every part back into its state of the newest checkpoint; its step, 0 without one."""
+    newest = load_newest_checkpoint(folder)
+    if newest is None:
+        return 0
+    step, tensors = newest
+    for part, stateful in parts.items():
+        prefix = f"{part}|"
+        state = {
+            key.removeprefix(prefix): _integer_or_tensor(value)
+            for key, value in tensors.items()
+            if key.startswith(prefix)
+        }
+        stateful.load_state_dict(state)
+    return step
+
+
+def _integer_or_tensor(value: Tensor) -> int | Tensor:
+    is_integer = value.ndim == 0 and not value.is_floating_point()
+    return int(value) if is_integer else value
+
+
+class StopSignal:
+    """Remembers SIGINT and SIGTERM, so that a step is finished and saved; a second one kills."""
+
+    def __init__(self) -> None:
+        self.name = ""
+        self._before = {
+            number: signal.signal(number, self._receive)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.name = signal.Signals(number).name
+        self.restore()
+
+    def restore(self) -> None:
+        """Give the signals back to their former handlers."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,273 @@
+"""The run's configuration: frozen dataclasses whose fields are the command line; presets.
+
+No work happens here beyond reading the command line and asking which devices exist.
+"""
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from sparse_coding.errors import UserError
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Train a ladder of sparse autoencoders on the activations of one language model.
+
+    Every combination of architecture, ratio, sparsity and seed is one SAE; all of them learn from
+    the same activations in one pass.
+    """
+
+    preset: str = "demo"
+    """Where the other settings start: demo, offline or pythia-70m."""
+
+    # what is read
+    lm: str = "smollm2-135m"
+    """Language model: smollm2-135m (embedded), a local Hugging Face folder, or a hub id such as
+    gpt2 or EleutherAI/pythia-70m-deduped. Append @random for random weights."""
+    hook_name: tuple[str, ...] = ("blocks.12.hook_resid_post",)
+    """Activations to learn from, e.g. blocks.12.hook_resid_post; several share one harvest."""
+    text: str = "builtin"
+    """builtin, a local txt, jsonl or parquet file or folder, or a hub dataset id."""
+    text_field: str = "text"
+    """The field of a jsonl, parquet or hub record that holds the text."""
+    skip_broken_lines: bool = False
+    """Leave out jsonl lines that cannot be read instead of stopping at the first."""
+    heldout_fraction: float = 0.05
+    """Share of the documents that is kept for evaluation and never trained on."""
+    context_length: int = 128
+    """Tokens the language model sees at once."""
+    bos: Literal["auto", "always", "never"] = "auto"
+    """Whether a context begins with the BOS token; auto follows the model's tokenizer."""
+    pack: Literal["concat", "document"] = "concat"
+    """concat: documents joined by a separator and cut; document: one document a context."""
+
+    # what is learnt
+    architecture: tuple[str, ...] = ("l1",)
+    """tied_l1, l1 (unit-norm decoder, resampling) or norm_weighted_l1."""
+    ratios: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    """Dictionary sizes as multiples of the layer's width."""
+    target_l0: tuple[float, ...] = (30.0,)
+    """Mean active features per token to steer each SAE to. Ignored where l1_coeffs is given."""
+    l1_coeffs: tuple[float, ...] = ()
+    """Fixed sparsity coefficients instead of target_l0 (squared error summed over d_in)."""
+    seed: tuple[int, ...] = (0,)
+    """Seeds of the SAEs' initial weights."""
+    data_seed: int = 0
+    """Seed of the order of the activations, shared by all SAEs."""
+
+    # how
+    n_tokens: int = 300_000
+    """Activations to harvest for training."""
+    n_epochs: int = 1
+    """Passes over them."""
+    batch_tokens: int = 1024
+    """Activations per optimizer step."""
+    lr: float = 1e-3
+    """Peak learning rate of Adam."""
+    lr_warmup_fraction: float = 0.05
+    """Share of the steps over which the learning rate rises."""
+    lr_decay_fraction: float = 0.2
+    """Share of the steps at the end over which it falls to zero."""
+    sparsity_warmup_fraction: float = 0.05
+    """Share of the steps over which a fixed l1_coeff rises from zero."""
+    initial_l0: float = 60.0
+    """Active features per token at the first step (set through the encoder's bias)."""
+    n_resamples: int = 2
+    """How often dead features of the l1 architecture are resampled, in the first half."""
+    step: Literal["auto", "reference"] = "auto"
+    """Training step: the fastest exact one for the device, or plain autograd."""
+
+    # what is measured
+    n_tokens_eval: int = 30_000
+    """Held-out activations for l0, fvu, density and dead features."""
+    n_tokens_ce: int = 4_000
+    """Held-out tokens for cross-entropy under reconstruction."""
+
+    # where
+    name: str = ""
+    """Run folder's name; empty: made from the model, the hook and the preset."""
+    output: Path = Path("outputs")
+    """Folder for runs and caches."""
+    cache: bool = True
+    """Keep the activations on disk; --no-cache streams them from the model instead."""
+    cache_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Number format of the cached activations."""
+    buffer_tokens: int = 2**18
+    """Without a cache: activations held in memory, among which batches are shuffled."""
+    device: str = "auto"
+    """auto (CUDA, then MPS, then CPU) or a torch device."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Number format of the language model; auto: bfloat16 where the hardware has it."""
+    resume: bool = False
+    """Continue a run that was interrupted from its newest checkpoint."""
+    overwrite: bool = False
+    """Replace an existing run folder of the same name."""
+    log_every: int = 25
+    """Steps between lines of metrics.jsonl and refreshes of the table."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay."""
+    tensorboard: bool = False
+    """Also log to TensorBoard under the run folder (pip install tensorboard)."""
+    wandb: str = ""
+    """Also log to this Weights & Biases project (pip install wandb)."""
+
+
+def _flag(field: str) -> str:
+    return field.replace("_", "-")
+
+
+def _join(values: Any) -> str:
+    return " ".join(map(str, values)) if isinstance(values, tuple) else str(values)
+
+
+def _refuse_unless(condition: bool, cfg: RunConfig, field: str, allowed: str) -> None:
+    if not condition:
+        given = _join(getattr(cfg, field))
+        raise UserError(f"--{_flag(field)} {given} is not possible; it must be {allowed}")
+
+
+def validate(cfg: RunConfig) -> RunConfig:
+    """The same configuration; impossible settings are refused before any work starts."""
+    for field in ("ratios", "seed", "hook_name", "architecture"):
+        values = getattr(cfg, field)
+        if not values:
+            raise UserError(f"--{_flag(field)} needs at least one value")
+        if len(set(values)) < len(values):
+            raise UserError(f"--{_flag(field)} names a value twice: {_join(values)}")
+    _refuse_unless(all(ratio >= 1 for ratio in cfg.ratios), cfg, "ratios", "1 or more")
+    positive = (
+        "n_tokens n_epochs batch_tokens lr initial_l0 n_tokens_eval n_tokens_ce "
+        "buffer_tokens log_every checkpoint_every keep_checkpoints"
+    )
+    for field in positive.split():
+        _refuse_unless(getattr(cfg, field) > 0, cfg, field, "more than 0")
+    _refuse_unless(cfg.context_length >= 2, cfg, "context_length", "2 or more")
+    _refuse_unless(0 < cfg.heldout_fraction < 1, cfg, "heldout_fraction", "between 0 and 1")
+    for field in ("lr_warmup_fraction", "lr_decay_fraction", "sparsity_warmup_fraction"):
+        _refuse_unless(0 <= getattr(cfg, field) <= 1, cfg, field, "between 0 and 1")
+    _refuse_unless(all(c >= 0 for c in cfg.l1_coeffs), cfg, "l1_coeffs", "0 or more")
+    _refuse_unless(all(t > 0 for t in cfg.target_l0), cfg, "target_l0", "more than 0")
+    _refuse_unless(cfg.n_resamples >= 0, cfg, "n_resamples", "0 or more")
+    if not (cfg.l1_coeffs or cfg.target_l0):
+        raise UserError("give --target-l0 or --l1-coeffs: neither has a value")
+    if cfg.resume and cfg.overwrite:
+        raise UserError("--resume and --overwrite contradict each other; give one")
+    return cfg
+
+
+PRESETS: dict[str, RunConfig] = {
+    # about two minutes of work on two CPU cores
+    "demo": RunConfig(),
+    # an evening on a laptop
+    "offline": RunConfig(
+        preset="offline",
+        n_tokens=5_000_000,
+        batch_tokens=2048,
+        n_resamples=4,
+        n_tokens_eval=200_000,
+        n_tokens_ce=20_000,
+        log_every=100,
+    ),
+    # a CUDA box that reaches the hub
+    "pythia-70m": RunConfig(
+        preset="pythia-70m",
+        lm="EleutherAI/pythia-70m-deduped",
+        hook_name=("blocks.3.hook_resid_post",),
+        text="Elriggs/openwebtext-100k",
+        context_length=256,
+        target_l0=(20.0, 40.0, 80.0),
+        n_tokens=50_000_000,
+        batch_tokens=8192,
+        n_resamples=4,
+        n_tokens_eval=1_000_000,
+        n_tokens_ce=200_000,
+        log_every=100,
+        checkpoint_every=2000,
+    ),
+}
+
+
+def parse_config(arguments: Sequence[str]) -> RunConfig:
+    """The configuration of a command line: a preset's values, overridden flag by flag."""
+    import tyro  # slow to import; only programs that read a command line need it
+
+    default = PRESETS[_preset_name(arguments)]
+    cfg = tyro.cli(RunConfig, prog="easy_training_base.py", args=list(arguments), default=default)
+    return validate(cfg)
+
+
+def _preset_name(arguments: Sequence[str]) -> str:
+    name = "demo"
+    for i, argument in enumerate(arguments):
+        if argument == "--preset" and i + 1 < len(arguments):
+            name = arguments[i + 1]
+        elif argument.startswith("--preset="):
+            name = argument.removeprefix("--preset=")
+    if name not in PRESETS:
+        raise UserError(f"--preset {name} is unknown; it must be one of: {', '.join(PRESETS)}")
+    return name
+
+
+def read_config() -> RunConfig:
+    """The command line's configuration; in a notebook, that of the variable SPARSE_CODING_ARGS."""
+    if "ipykernel" in sys.modules:
+        return parse_config(shlex.split(os.environ.get("SPARSE_CODING_ARGS", "")))
+    return parse_config(sys.argv[1:])
+
+
+def as_json(cfg: Any) -> dict[str, Any]:
+    """A dataclass as JSON values: tuples become lists and paths strings."""
+    return {
+        key: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple)
+        else value
+        for key, value in dataclasses.asdict(cfg).items()
+    }  # fmt: skip
+
+
+PACKAGES = ("torch", "transformer-lens", "transformers", "datasets", "numpy", "numba")
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What a result was made with: device, versions, git commit, date (UTC)."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "device": device,
+        "machine": platform.machine(),
+        "n_cpus": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": git_commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def git_commit() -> str | None:
+    """The checkout's commit, with `+changes` if files differ from it; None outside a checkout."""
+    root = Path(__file__).parents[1]
+
+    def git(*command: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", root, *command], capture_output=True, text=True)
+        except FileNotFoundError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "--short=12", "HEAD")
+    return commit and commit + ("+changes" if git("status", "--porcelain") else "")

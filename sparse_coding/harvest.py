@@ -1,0 +1,285 @@
+"""Activations of a language model's hooks, as a cache on disk or streamed to the trainer.
+
+The model runs up to the last hook that is asked for and never computes logits. One rule decides
+which rows count, here and in every measurement: `kept_rows`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float32, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from sparse_coding.cache import ActivationCache, CacheWriter, open_cache
+from sparse_coding.errors import UserError
+from sparse_coding.models import LanguageModel, layer_of
+from sparse_coding.sources import KeyedPermutation, ShuffledRows
+from sparse_coding.text import TokenBatch
+
+MAX_NORM_RATIO = 10.0
+NORM_SAMPLE_TOKENS = 8192
+
+
+@torch.inference_mode()
+def activations(
+    lm: LanguageModel, tokens: Int[Tensor, "contexts position"], hook_names: Sequence[str]
+) -> dict[str, Float[Tensor, "contexts position d"]]:
+    """The hooks' activations in the model's dtype, on its device; no block after them runs."""
+    found: dict[str, Tensor] = {}
+
+    def recorder(name: str) -> Callable[..., None]:
+        def record(x: Tensor, hook: Any) -> None:
+            found[name] = x
+
+        return record
+
+    lm.model.run_with_hooks(
+        tokens.to(lm.device),
+        return_type=None,
+        stop_at_layer=1 + max(layer_of(name) for name in hook_names),
+        fwd_hooks=[(name, recorder(name)) for name in hook_names],
+    )
+    return found
+
+
+def kept_rows(
+    acts: Float[Tensor, "contexts position d"],
+    valid: Bool[Tensor, "contexts position"],
+    max_norm: float,
+) -> Bool[Tensor, "contexts position"]:
+    """The rows that count: valid positions whose norm is at most `max_norm`.
+
+    `valid` leaves out first positions and special tokens (`text.valid_positions`); the norm leaves
+    out the few other attention sinks, tokens with a norm a hundred times the median, one of which
+    would outweigh a whole batch in the loss, the scale and the FVU. They are counted and reported.
+    """
+    return valid & (acts.float().norm(dim=-1) <= max_norm)
+
+
+def measure_max_norms(
+    lm: LanguageModel, batches: Iterable[TokenBatch], hook_names: Sequence[str]
+) -> dict[str, float]:
+    """Per hook, 10 x the median norm of the first 8192 or more valid rows."""
+    norms: dict[str, list[Tensor]] = {name: [] for name in hook_names}
+    n = 0
+    for batch in batches:
+        for name, acts in activations(lm, batch.tokens, hook_names).items():
+            norms[name].append(acts[batch.valid.to(acts.device)].float().norm(dim=-1))
+        n += int(batch.valid.sum())
+        if n >= NORM_SAMPLE_TOKENS:
+            break
+    if n == 0:
+        raise UserError("the text has no position to learn from: it is all special tokens")
+    return {name: MAX_NORM_RATIO * torch.cat(parts).median().item()
+            for name, parts in norms.items()}  # fmt: skip
+
+
+def hook_width(lm: LanguageModel, hook_name: str) -> int:
+    """Width d of a hook's activations, from a forward pass of one token."""
+    token = torch.zeros(1, 1, dtype=torch.int64)
+    return activations(lm, token, [hook_name])[hook_name].shape[-1]
+
+
+class KeptRows(NamedTuple):
+    """Aligned rows of several hooks with where they come from."""
+
+    acts: dict[str, Float[Tensor, "rows _"]]
+    tokens: Int[Tensor, " rows"]
+    document: Int[Tensor, " rows"]
+
+
+class Rows:
+    """Kept rows of several hooks, aligned: a row dropped at one hook is dropped at all."""
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        make_batches: Callable[[], Iterable[TokenBatch]],
+        hook_names: Sequence[str],
+    ) -> None:
+        self.lm, self.make_batches, self.hook_names = lm, make_batches, hook_names
+        self.n_valid = 0
+        self.n_dropped = 0
+
+    @cached_property
+    def max_norms(self) -> dict[str, float]:
+        """Norm limit per hook, measured at the first use unless a cache brought it along."""
+        return measure_max_norms(self.lm, self.make_batches(), self.hook_names)
+
+    def __iter__(self) -> Iterator[KeptRows]:
+        """One pass over the text."""
+        self.n_valid = self.n_dropped = 0
+        return map(self.keep, self.make_batches())
+
+    def keep(self, batch: TokenBatch) -> KeptRows:
+        """The rows of one batch of contexts."""
+        acts = activations(self.lm, batch.tokens, self.hook_names)
+        valid = batch.valid.to(self.lm.device)
+        keep = valid
+        for name in self.hook_names:
+            keep = keep & kept_rows(acts[name], valid, self.max_norms[name])
+        on_cpu = keep.to(batch.tokens.device)
+        n_valid = int(batch.valid.sum())
+        self.n_valid += n_valid
+        self.n_dropped += n_valid - int(on_cpu.sum())
+        rows = {name: acts[name][keep] for name in self.hook_names}
+        return KeptRows(rows, batch.tokens[on_cpu], batch.document[on_cpu])
+
+
+def harvest_to_cache(
+    rows: Rows, root: Path, settings: dict[str, Any], n_tokens: int, dtype: str
+) -> ActivationCache:
+    """The activation cache for `settings`: an existing one, or harvested now.
+
+    A harvest that was interrupted goes on behind its last complete shard. If the text ends early
+    the cache holds what there is, and a line says so.
+    """
+    cache = open_cache(root, settings)
+    if cache is not None:
+        print(f"activations: {cache.n_tokens:,} tokens are cached in {cache.folder}")
+        rows.max_norms = cache.extra["max_norms"]
+        return cache
+    lm = rows.lm
+    widths = {name: hook_width(lm, name) for name in rows.hook_names}
+    with CacheWriter(root, settings, widths, n_tokens, getattr(torch, dtype)) as writer:
+        n_skipped = writer.n_tokens_done
+        progress = tqdm(total=n_tokens, desc="harvest", unit="tok", unit_scale=True)
+        for acts, tokens, documents in _from(rows, n_skipped, progress):
+            n = min(len(tokens), n_tokens - writer.n_tokens_done)
+            on_cpu = {name: x[:n].cpu() for name, x in acts.items()}
+            writer.append(on_cpu, tokens[:n], documents[:n])
+            progress.update(n)
+            if writer.n_tokens_done == n_tokens:
+                break
+        progress.close()
+        n_done = writer.n_tokens_done
+        if n_done < n_tokens:
+            print(f"activations: the text ended after {n_done:,} of {n_tokens:,} tokens")
+        writer.finish(
+            {"max_norms": rows.max_norms, "n_valid": rows.n_valid, "n_dropped": rows.n_dropped}
+        )
+    return open_cache(root, settings)
+
+
+def _from(rows: Rows, n_skipped: int, progress: tqdm) -> Iterator[KeptRows]:
+    """The rows behind the first `n_skipped`."""
+    for acts, tokens, documents in rows:
+        n = min(n_skipped, len(tokens))
+        n_skipped -= n
+        progress.update(n)
+        if n < len(tokens):
+            rest = {name: x[n:] for name, x in acts.items()}
+            yield KeptRows(rest, tokens[n:], documents[n:])
+
+
+class AlignedSources:
+    """Several sources of equal length and seed as one: batches by hook name, rows aligned."""
+
+    def __init__(self, sources: dict[str, ShuffledRows]) -> None:
+        self.sources = sources
+
+    @property
+    def n_batches(self) -> int | None:
+        return next(iter(self.sources.values())).n_batches
+
+    def __iter__(self) -> Iterator[dict[str, Float32[Tensor, "batch _"]]]:
+        for batches in zip(*self.sources.values(), strict=True):
+            yield dict(zip(self.sources, batches, strict=True))
+
+    def state_dict(self) -> dict[str, int]:
+        """The position, common to all."""
+        return next(iter(self.sources.values())).state_dict()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go to a position; takes effect at the next `iter`."""
+        for source in self.sources.values():
+            source.load_state_dict(state)
+
+
+class StreamingSources:
+    """Batches by hook name straight from the model, without a cache; endless.
+
+    Rows are shuffled within windows of about `buffer_tokens` (whole token batches; rows that fill
+    no batch are left out, under one batch per window) by a keyed permutation of (seed, window).
+    To resume, the text before the current window is tokenised again, the window harvested again.
+    """
+
+    def __init__(self, rows: Rows, batch_tokens: int, seed: int, buffer_tokens: int) -> None:
+        if buffer_tokens < batch_tokens:
+            raise UserError(f"a buffer of {buffer_tokens} tokens holds no batch of {batch_tokens}")
+        self.rows, self.batch_tokens, self.seed = rows, batch_tokens, seed
+        self.buffer_tokens = buffer_tokens
+        self.window = self.n_delivered_in_window = 0
+        self.n_token_batches = 0  # consumed before the current window, over all passes
+
+    n_batches = None
+
+    def __iter__(self) -> Iterator[dict[str, Float32[Tensor, "batch _"]]]:
+        batches = self._token_batches(self.n_token_batches)
+        while True:
+            window, n_used = self._fill(batches)
+            n = len(next(iter(window.values())))
+            order = KeyedPermutation(n, (self.seed, self.window))
+            while (self.n_delivered_in_window + 1) * self.batch_tokens <= n:
+                first = self.n_delivered_in_window * self.batch_tokens
+                chosen = torch.from_numpy(order(np.arange(first, first + self.batch_tokens)))
+                self.n_delivered_in_window += 1
+                yield {name: x[chosen.to(x.device)].float() for name, x in window.items()}
+            self.window += 1
+            self.n_token_batches += n_used
+            self.n_delivered_in_window = 0
+
+    def _token_batches(self, n_skipped: int) -> Iterator[TokenBatch]:
+        while True:
+            for batch in self.rows.make_batches():
+                if n_skipped:
+                    n_skipped -= 1
+                else:
+                    yield batch
+
+    def _fill(self, batches: Iterator[TokenBatch]) -> tuple[dict[str, Tensor], int]:
+        parts: dict[str, list[Tensor]] = {name: [] for name in self.rows.hook_names}
+        n_rows = n_used = 0
+        while n_rows < self.buffer_tokens:
+            acts, tokens, _ = self.rows.keep(next(batches))
+            for name, x in acts.items():
+                parts[name].append(x)
+            n_rows += len(tokens)
+            n_used += 1
+        return {name: torch.cat(part) for name, part in parts.items()}, n_used
+
+    def state_dict(self) -> dict[str, int]:
+        return {
+            "seed": self.seed,
+            "window": self.window,
+            "n_token_batches": self.n_token_batches,
+            "n_delivered_in_window": self.n_delivered_in_window,
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.seed, self.window = state["seed"], state["window"]
+        self.n_token_batches = state["n_token_batches"]
+        self.n_delivered_in_window = state["n_delivered_in_window"]
+
+
+def take_sample(
+    sources: AlignedSources | StreamingSources, n_tokens: int
+) -> dict[str, Float32[Tensor, "n _"]]:
+    """About `n_tokens` rows per hook from the coming batches, which still come afterwards."""
+    position = sources.state_dict()
+    parts: dict[str, list[Tensor]] = {}
+    n = 0
+    for batch in sources:
+        for name, x in batch.items():
+            parts.setdefault(name, []).append(x)
+            n_batch = len(x)
+        n += n_batch
+        if n >= n_tokens:
+            break
+    sources.load_state_dict(position)
+    return {name: torch.cat(part) for name, part in parts.items()}

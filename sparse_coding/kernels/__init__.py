@@ -1,0 +1,68 @@
+"""Training steps for one SAE: the reference (autograd) and the fast ones, interchangeable.
+
+Every step takes a batch, updates the SAE's parameters in place through one Adam state, and returns
+the same statistics; which one ran changes nothing but the time it took.
+"""
+
+import importlib.util
+import warnings
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sparse_coding.errors import UserError
+from sparse_coding.sae import SAE
+
+
+class StepStatistics(NamedTuple):
+    """What one step measured before its update, on the SAE's device (nothing is synchronised)."""
+
+    mse: Float[Tensor, ""]
+    """Squared error in scaled units, summed over d_in, mean over the batch."""
+    l1: Float[Tensor, ""]
+    """Sum over features of f_i * ||W_dec[i]||, mean over the batch."""
+    n_active: Int[Tensor, " d_sae"]
+    """How many rows of the batch each feature fired on."""
+
+
+@runtime_checkable
+class Step(Protocol):
+    """One optimizer step of one SAE."""
+
+    sae: SAE
+    optimizer: torch.optim.Adam
+
+    def __call__(
+        self, x: Float[Tensor, "batch d_in"], l1_coeff: Float[Tensor, ""]
+    ) -> StepStatistics:
+        """Update the SAE on scaled activations x; the learning rate is in `optimizer`."""
+
+
+def make_adam(sae: SAE, lr: float, betas: tuple[float, float] = (0.9, 0.999)) -> torch.optim.Adam:
+    """Fused Adam with its state already allocated, so that every step finds the same tensors."""
+    optimizer = torch.optim.Adam(sae.parameters(), lr=lr, betas=betas, eps=1e-8, fused=True)
+    for parameter in sae.parameters():
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
+
+
+def make_step(sae: SAE, optimizer: torch.optim.Adam, kind: str = "auto") -> Step:
+    """The fastest step there is for this SAE ("auto"), or autograd's ("reference")."""
+    from sparse_coding.kernels.reference import ReferenceStep
+
+    if kind not in ("auto", "reference"):
+        raise UserError(f"--step {kind} is unknown; it must be auto or reference")
+    if kind == "reference" or sae.W_dec.device.type != "cpu":
+        return ReferenceStep(sae, optimizer)
+    if importlib.util.find_spec("numba") is None:
+        warnings.warn("numba is not installed: training is slower without it", stacklevel=2)
+        return ReferenceStep(sae, optimizer)
+    from sparse_coding.kernels import cpu
+
+    return (cpu.CPUStep if cpu.supports(sae) else ReferenceStep)(sae, optimizer)

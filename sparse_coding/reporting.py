@@ -1,0 +1,176 @@
+"""What a run says while it works: the plan, a live table, optional TensorBoard and wandb."""
+
+import sys
+import time
+from collections.abc import Iterable
+from typing import Any, Self
+
+import torch
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from sparse_coding.cache import cache_bytes
+from sparse_coding.errors import UserError
+from sparse_coding.harvest import hook_width
+from sparse_coding.metrics import dead_upper_bound
+from sparse_coding.models import LanguageModel
+from sparse_coding.runs import Run
+from sparse_coding.training import SAESpec
+
+COLUMNS = {
+    "l0": "{:.1f}",
+    "fvu": "{:.4f}",
+    "l1_coeff": "{:.2f}",
+    "dead_fraction": "{:.1%}",
+}
+
+
+class Reporter:
+    """Writes every logged step to metrics.jsonl and shows the newest one as a table in place.
+
+    Without a terminal (a pipe, a log file) each logged step is one line instead.
+    """
+
+    def __init__(self, run: Run, n_steps: int, first_step: int = 0) -> None:
+        self.run, self.n_steps, self.first_step = run, n_steps, first_step
+        self.started = time.monotonic()
+        self.console = Console(stderr=True)
+        self.live = Live(console=self.console, refresh_per_second=4)
+        self.sinks = [make(run) for wanted, make in SINKS.items() if getattr(run.cfg, wanted)]
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.live.stop()
+        for sink in self.sinks:
+            sink.close()
+
+    def log(self, rows: list[dict[str, Any]]) -> None:
+        """One row per SAE, as `Trainer.metrics` returns them."""
+        step = rows[0]["step"]
+        seconds = time.monotonic() - self.started
+        per_second = (step - self.first_step) / seconds
+        tokens_per_second = per_second * rows[0]["n_tokens"] / step
+        seconds_left = (self.n_steps - step) / per_second
+        self.run.log(row | {"tokens_per_second": round(tokens_per_second, 1)} for row in rows)
+        for sink in self.sinks:
+            sink.log(rows)
+        title = (
+            f"step {step:,} / {self.n_steps:,}   {tokens_per_second:,.0f} tokens/s   "
+            f"{_duration(seconds_left)} left"
+        )
+        if self.console.is_terminal:
+            self.live.update(metrics_table(title, rows))
+        else:
+            l0 = " ".join(f"{row['l0']:.0f}" for row in rows)
+            fvu = " ".join(f"{row['fvu']:.3f}" for row in rows)
+            print(f"{title}   l0 {l0}   fvu {fvu}", file=sys.stderr, flush=True)
+
+
+def metrics_table(title: str, rows: Iterable[dict[str, Any]]) -> Table:
+    """The live table: one line per SAE."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("SAE")
+    for column in COLUMNS:
+        table.add_column(column.replace("_fraction", ""), justify="right")
+    for row in rows:
+        table.add_row(row["name"], *(form.format(row[key]) for key, form in COLUMNS.items()))
+    return table
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class TensorBoardSink:
+    """Scalars under the run folder's `tensorboard/`."""
+
+    def __init__(self, run: Run) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError("--tensorboard needs its package: pip install tensorboard") from None
+        self.writer = SummaryWriter(run.folder / "tensorboard")
+
+    def log(self, rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            for key in COLUMNS:
+                self.writer.add_scalar(f"{row['name']}/{key}", row[key], row["step"])
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandbSink:
+    """Scalars to a Weights & Biases project."""
+
+    def __init__(self, run: Run) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("--wandb needs its package: pip install wandb") from None
+        self.run = wandb.init(project=run.cfg.wandb, name=run.folder.name, config=run.settings)
+
+    def log(self, rows: list[dict[str, Any]]) -> None:
+        scalars = {f"{row['name']}/{key}": row[key] for row in rows for key in COLUMNS}
+        self.run.log(scalars, step=rows[0]["step"])
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+SINKS = {"tensorboard": TensorBoardSink, "wandb": WandbSink}
+
+
+def print_results(rows: list[dict[str, Any]]) -> None:
+    """The held-out results: one line per SAE, and below what was measured on what."""
+    table = Table(title="held-out results", title_justify="left")
+    for column in ("SAE", "l0", "fvu", "nats lost", "ce recovered", "dead"):
+        table.add_column(column, justify="left" if column == "SAE" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row["name"],
+            f"{row['l0']:.1f}",
+            f"{row['fvu']:.4f} [{row['fvu_low']:.4f}, {row['fvu_high']:.4f}]",
+            f"{row['nats_lost']:.3f} [{row['nats_lost_low']:.3f}, {row['nats_lost_high']:.3f}]",
+            f"{row['ce_recovered']:.4f}",
+            f"{row['dead_fraction']:.1%}",
+        )
+    console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+    console.print(table)
+    n, first = rows[0]["n_tokens_eval"], rows[0]
+    console.print(
+        f"l0, fvu, dead: {n:,} held-out tokens of {first['n_documents_eval']:,} documents. "
+        f"Cross-entropy: {first['n_tokens_ce']:,} tokens; clean {first['ce_clean']:.3f} nats, "
+        f"mean-ablated {first['ce_mean']:.3f}, zero-ablated {first['ce_zero']:.3f}.\n"
+        "Brackets: 95 % intervals, bootstrap over documents. dead: silent on all of these tokens "
+        f"(at 95 % such a feature fires on less than {dead_upper_bound(n):.1e} of all tokens)."
+    )
+
+
+def print_plan(run: Run, lm: LanguageModel, specs: list[SAESpec]) -> None:
+    """What is about to happen, before it does."""
+    cfg = run.cfg
+    n_steps = cfg.n_tokens * cfg.n_epochs // cfg.batch_tokens
+    widths = {hook_name: hook_width(lm, hook_name) for hook_name in cfg.hook_name}
+    n_parameters = sum(2 * spec.ratio * d * d for d in widths.values() for spec in specs)
+    cache = cache_bytes(cfg.n_tokens, widths, getattr(torch, cfg.cache_dtype)) if cfg.cache else 0
+    dtype = str(lm.dtype).removeprefix("torch.")
+    lines = {
+        "model": f"{lm.name} ({lm.n_layers} layers, {dtype} on {lm.device})",
+        "hooks": ", ".join(f"{name} (d_in {d})" for name, d in widths.items()),
+        "text": f"{cfg.text}, contexts of {cfg.context_length} tokens",
+        "tokens": f"{cfg.n_tokens:,} x {cfg.n_epochs} = {n_steps:,} steps of {cfg.batch_tokens:,}",
+        "SAEs": f"{len(specs) * len(widths)}: {specs[0].name} ... {specs[-1].name}",
+        "memory": f"{12e-9 * n_parameters:.2f} GB for {n_parameters / 1e6:.1f}M weights and Adam",
+        "disk": f"{cache / 1e9:.2f} GB of activations" if cfg.cache else "no activation cache",
+        "output": str(run.folder),
+    }
+    for key, value in lines.items():
+        print(f"{key:>8}  {value}")

@@ -1,0 +1,121 @@
+"""A run's folder: created, replaced or continued, and complete in itself."""
+
+import fcntl
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from sparse_coding.config import RunConfig, as_json, environment
+from sparse_coding.errors import UserError
+from sparse_coding.storage import atomic_path, read_json, write_json
+
+# Settings that a resumed run may change: they do not influence what is learnt.
+FREE_TO_CHANGE = {
+    "preset", "resume", "overwrite", "output", "log_every", "checkpoint_every",
+    "keep_checkpoints", "tensorboard", "wandb", "n_tokens_eval", "n_tokens_ce",
+}  # fmt: skip
+
+
+class Run:
+    """The folder `outputs/runs/NAME`, locked against a second process while this one lives."""
+
+    def __init__(self, cfg: RunConfig, settings: dict[str, Any], device: str) -> None:
+        self.cfg, self.settings = cfg, settings
+        self.environment = environment(device)
+        self.folder = cfg.output / "runs" / (cfg.name or default_name(cfg))
+        if self.folder.exists():
+            self._reopen()
+        elif cfg.resume:
+            raise UserError(f"--resume: {self.folder} does not exist; nothing to continue")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock()
+        if not cfg.resume:
+            self.write("config.json", {"config": settings, "environment": self.environment})
+
+    def _reopen(self) -> None:
+        is_run = (self.folder / "config.json").is_file()
+        if self.cfg.resume and is_run:
+            self._refuse_other_settings()
+        elif not self.cfg.overwrite:
+            raise UserError(
+                f"{self.folder} exists; give --name for another folder, --resume to continue it "
+                "or --overwrite to replace it"
+            )
+        elif not is_run and any(self.folder.iterdir()):
+            raise UserError(f"{self.folder} holds no run (no config.json), so it is not replaced")
+        else:
+            self._lock()
+            shutil.rmtree(self.folder)
+
+    def _refuse_other_settings(self) -> None:
+        before = read_json(self.folder / "config.json")["config"]
+        keys = (before.keys() | self.settings.keys()) - FREE_TO_CHANGE
+        different = sorted(key for key in keys if before.get(key) != self.settings.get(key))
+        if different:
+            key = different[0]
+            raise UserError(
+                f"--resume: {self.folder} was begun with {key} = {before.get(key)}, not "
+                f"{self.settings.get(key)} ({len(different)} settings differ); repeat its settings"
+            )
+
+    def _lock(self) -> None:
+        self._lock_file = open(self.folder / ".lock", "w")  # noqa: SIM115 - held while we live
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.folder} is in use by another process") from None
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.folder / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """The log: one line per logged step per SAE."""
+        return self.folder / "metrics.jsonl"
+
+    def write(self, name: str, content: Any) -> Path:
+        """Write JSON atomically below the folder."""
+        return write_json(self.folder / name, content)
+
+    def write_result(self, name: str, rows: list[dict[str, Any]]) -> Path:
+        """Write a results file: {"config", "environment", "rows"}."""
+        content = {"config": self.settings, "environment": self.environment, "rows": rows}
+        return self.write(name, content)
+
+    def log(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Append lines to metrics.jsonl."""
+        with open(self.metrics, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def cut_log(self, n_steps: int) -> None:
+        """Remove the lines after a step, and a half-written last one: they will come again."""
+        if not self.metrics.exists():
+            return
+        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [
+            line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= n_steps
+        ]
+        with atomic_path(self.metrics) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
+
+
+def default_name(cfg: RunConfig) -> str:
+    """Model, hooks, preset and seeds: what one changes most often gets a folder of its own."""
+    lm = cfg.lm.rstrip("/").rsplit("/", 1)[-1].replace("@", "-")
+    seeds = "".join(f"_s{seed}" for seed in cfg.seed)
+    return f"{lm}_{'+'.join(cfg.hook_name)}_{cfg.preset}{seeds}"
+
+
+def run_settings(cfg: RunConfig, **resolved: Any) -> dict[str, Any]:
+    """The configuration plus what it resolved to (identity of the model, of the text ...)."""
+    return as_json(cfg) | resolved
+
+
+def cache_settings(cfg: RunConfig, lm: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
+    """Exactly what determines the bytes of an activation cache."""
+    fields = ("context_length", "bos", "pack", "hook_name", "n_tokens", "cache_dtype")
+    return {"lm": lm, "text": text} | {field: as_json(cfg)[field] for field in fields}

@@ -1,0 +1,71 @@
+"""Other activations put into the running model: what the model loses with a reconstruction.
+
+One mask for everything: only rows that the harvest keeps are replaced (`harvest.kept_rows`), and
+only targets predicted from valid positions are counted, for the clean model and every variant.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sparse_coding.harvest import kept_rows
+from sparse_coding.models import LanguageModel
+from sparse_coding.text import TokenBatch
+
+Replacement = Callable[[Float[Tensor, "rows d"]], Float[Tensor, "rows d"]]
+ROWS_OF_LOGITS = 1024  # at a vocabulary of 49,152 in float32: 200 MB at once
+
+
+@torch.inference_mode()
+def cross_entropies(
+    lm: LanguageModel,
+    batch: TokenBatch,
+    hook_name: str,
+    replacements: Mapping[str, Replacement | None],
+    *,
+    max_norm: float = float("inf"),
+) -> tuple[dict[str, Float[Tensor, "contexts targets"]], Bool[Tensor, "contexts targets"]]:
+    """Cross-entropy (nats) of the next token under each replacement of a hook's rows.
+
+    `replacements` maps a name to a function of the kept rows (n, d) in float32, or to None for the
+    clean model. Target t + 1 is predicted from position t; it is counted where t is a valid
+    position and t + 1 no special token. Returned: {name: losses}, and the mask of counted targets;
+    losses elsewhere are 0. One forward pass each.
+    """
+    tokens, valid = batch.tokens.to(lm.device), batch.valid.to(lm.device)
+    counted = valid[:, :-1] & valid[:, 1:]
+    losses = {}
+    for name, replace in replacements.items():
+        hooks = [] if replace is None else [(hook_name, _replacing(replace, valid, max_norm))]
+        logits = lm.model.run_with_hooks(tokens, return_type="logits", fwd_hooks=hooks)
+        losses[name] = _loss(logits, tokens, counted)
+    return losses, counted
+
+
+def _replacing(
+    replace: Replacement, valid: Bool[Tensor, "contexts position"], max_norm: float
+) -> Callable[..., Tensor]:
+    def hook(x: Tensor, hook: Any) -> Tensor:
+        keep = kept_rows(x, valid, max_norm)
+        x = x.clone()
+        x[keep] = replace(x[keep].float()).to(x.dtype)
+        return x
+
+    return hook
+
+
+def _loss(
+    logits: Float[Tensor, "contexts position vocabulary"],
+    tokens: Tensor,
+    counted: Bool[Tensor, "contexts targets"],
+) -> Float[Tensor, "contexts targets"]:
+    losses = torch.zeros(counted.shape, device=logits.device)
+    chosen, targets = logits[:, :-1][counted], tokens[:, 1:][counted]
+    parts = zip(chosen.split(ROWS_OF_LOGITS), targets.split(ROWS_OF_LOGITS), strict=True)
+    losses[counted] = torch.cat(
+        [torch.nn.functional.cross_entropy(a.float(), b, reduction="none") for a, b in parts]
+    )
+    return losses
