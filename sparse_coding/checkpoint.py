@@ -8,7 +8,7 @@ import shutil
 import signal
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
@@ -64,6 +64,7 @@ def load_newest_checkpoint(folder: Path) -> tuple[int, dict[str, Tensor]] | None
     return None
 
 
+@runtime_checkable
 class Stateful(Protocol):
     """A trainer or a source: its state is named tensors or integers."""
 

@@ -84,6 +84,8 @@ class RunConfig:
     """Active features per token at the first step (set through the encoder's bias)."""
     n_resamples: int = 2
     """How often dead features of the l1 architecture are resampled, in the first half."""
+    dead_after_tokens: int = 100_000
+    """During training, a feature silent for this many tokens is shown as dead."""
     step: Literal["auto", "reference"] = "auto"
     """Training step: the fastest exact one for the device, or plain autograd."""
 
@@ -148,7 +150,7 @@ def validate(cfg: RunConfig) -> RunConfig:
             raise UserError(f"--{_flag(field)} names a value twice: {_join(values)}")
     _refuse_unless(all(ratio >= 1 for ratio in cfg.ratios), cfg, "ratios", "1 or more")
     positive = (
-        "n_tokens n_epochs batch_tokens lr initial_l0 n_tokens_eval n_tokens_ce "
+        "n_tokens n_epochs batch_tokens lr initial_l0 dead_after_tokens n_tokens_eval n_tokens_ce "
         "buffer_tokens log_every checkpoint_every keep_checkpoints"
     )
     for field in positive.split():

@@ -201,6 +201,14 @@ class AlignedSources:
             source.load_state_dict(state)
 
 
+class Window(NamedTuple):
+    """The rows among which a streaming source shuffles, and how many token batches gave them."""
+
+    number: int
+    rows: dict[str, Float[Tensor, "rows _"]]
+    n_token_batches: int
+
+
 class StreamingSources:
     """Batches by hook name straight from the model, without a cache; endless.
 
@@ -216,13 +224,15 @@ class StreamingSources:
         self.buffer_tokens = buffer_tokens
         self.window = self.n_delivered_in_window = 0
         self.n_token_batches = 0  # consumed before the current window, over all passes
-
-    n_batches = None
+        self._held: Window | None = None
 
     def __iter__(self) -> Iterator[dict[str, Float32[Tensor, "batch _"]]]:
-        batches = self._token_batches(self.n_token_batches)
+        n_held = self._held.n_token_batches if self._holds_current() else 0
+        batches = self._token_batches(self.n_token_batches + n_held)
         while True:
-            window, n_used = self._fill(batches)
+            if not self._holds_current():
+                self._held = self._fill(batches)
+            window = self._held.rows
             n = len(next(iter(window.values())))
             order = KeyedPermutation(n, (self.seed, self.window))
             while (self.n_delivered_in_window + 1) * self.batch_tokens <= n:
@@ -231,8 +241,11 @@ class StreamingSources:
                 self.n_delivered_in_window += 1
                 yield {name: x[chosen.to(x.device)].float() for name, x in window.items()}
             self.window += 1
-            self.n_token_batches += n_used
+            self.n_token_batches += self._held.n_token_batches
             self.n_delivered_in_window = 0
+
+    def _holds_current(self) -> bool:
+        return self._held is not None and self._held.number == self.window
 
     def _token_batches(self, n_skipped: int) -> Iterator[TokenBatch]:
         while True:
@@ -242,7 +255,7 @@ class StreamingSources:
                 else:
                     yield batch
 
-    def _fill(self, batches: Iterator[TokenBatch]) -> tuple[dict[str, Tensor], int]:
+    def _fill(self, batches: Iterator[TokenBatch]) -> Window:
         parts: dict[str, list[Tensor]] = {name: [] for name in self.rows.hook_names}
         n_rows = n_used = 0
         while n_rows < self.buffer_tokens:
@@ -251,9 +264,11 @@ class StreamingSources:
                 parts[name].append(x)
             n_rows += len(tokens)
             n_used += 1
-        return {name: torch.cat(part) for name, part in parts.items()}, n_used
+        joined = {name: torch.cat(part) for name, part in parts.items()}
+        return Window(self.window, joined, n_used)
 
     def state_dict(self) -> dict[str, int]:
+        """The position: window, place in it, and the token batches before it."""
         return {
             "seed": self.seed,
             "window": self.window,
@@ -262,6 +277,7 @@ class StreamingSources:
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go to a position; takes effect at the next `iter`."""
         self.seed, self.window = state["seed"], state["window"]
         self.n_token_batches = state["n_token_batches"]
         self.n_delivered_in_window = state["n_delivered_in_window"]

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -16,6 +17,8 @@ from sparse_coding.harvest import hook_width
 from sparse_coding.metrics import dead_upper_bound
 from sparse_coding.models import LanguageModel
 from sparse_coding.runs import Run
+from sparse_coding.storage import fingerprint, read_json, write_json
+from sparse_coding.text import Card, CardRow, Text
 from sparse_coding.training import SAESpec
 
 COLUMNS = {
@@ -152,6 +155,18 @@ def print_results(rows: list[dict[str, Any]]) -> None:
         "Brackets: 95 % intervals, bootstrap over documents. dead: silent on all of these tokens "
         f"(at 95 % such a feature fires on less than {dead_upper_bound(n):.1e} of all tokens)."
     )
+
+
+def print_card(text: Text, lm: LanguageModel, folder: Path) -> None:
+    """The builtin text by source: documents, bytes, tokens; counted once, then kept."""
+    if text.name != "builtin":
+        return
+    key = fingerprint({"text": text.fingerprint_fields(), "lm": lm.identity})
+    path = folder / "text" / f"card_{key}.json"
+    if not path.exists():
+        print("counting the tokens of the builtin text once ...", file=sys.stderr, flush=True)
+        write_json(path, [row._asdict() for row in text.card(lm.tokenizer).rows])
+    print(Card([CardRow(**row) for row in read_json(path)]))
 
 
 def print_plan(run: Run, lm: LanguageModel, specs: list[SAESpec]) -> None:

@@ -310,6 +310,11 @@ def contexts(
     return _batches(blocks, prefix, batch_contexts, special_ids(tokenizer), context_length)
 
 
+def starts_with_bos(tokenizer: Tokenizer, bos: str) -> bool:
+    """Whether `contexts` puts a BOS token first under this policy."""
+    return bool(_prefix(tokenizer, bos))
+
+
 def _prefix(tokenizer: Tokenizer, bos: str) -> list[int]:
     bos_id = tokenizer.bos_token_id
     if bos == "always" and bos_id is None:

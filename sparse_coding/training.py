@@ -6,6 +6,7 @@ nothing in `step` waits for the device.
 """
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sparse_coding.config import RunConfig
 from sparse_coding.errors import UserError
 from sparse_coding.kernels import StepStatistics, make_adam, make_step
 from sparse_coding.sae import ARCHITECTURES, SAE
@@ -350,6 +352,12 @@ class Trainer:
                 value.copy_(state[f"{lane.name}/{key}"])
         pool = state.get("pool")
         self.pool = [] if pool is None else [pool.to(self.mean.device)]
+
+
+def training_config(cfg: RunConfig, n_steps: int) -> TrainingConfig:
+    """The part of a run's configuration that the trainer needs."""
+    names = {field.name for field in dataclasses.fields(TrainingConfig)} - {"n_steps"}
+    return TrainingConfig(n_steps, **{name: getattr(cfg, name) for name in names})
 
 
 def ladder(

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from sparse_coding.errors import UserError
-from sparse_coding.kernels import Step, make_adam, make_step
-from sparse_coding.kernels import cpu_loops as loops
+from sparse_coding.kernels import Step, cpu, make_adam, make_step
 from sparse_coding.kernels.cpu import CPUStep
 from sparse_coding.kernels.reference import ReferenceStep
 from sparse_coding.sae import ARCHITECTURES, SAE
@@ -82,3 +81,120 @@ def test_ragged_batches_and_alternating_steps_end_like_the_reference(architectur
             step(x[:n_rows], l1_coeff)
     assert difference(expected, fast) < 1e-10
     assert difference(expected, mixed) < 1e-10
+
+
+@ARCHITECTURE
+@pytest.mark.parametrize("density", [0.5, 0.03])
+def test_float32_errs_no_more_than_the_reference_in_float32(architecture, density):
+    sae, x = make_sae(architecture, 48, 200, density, torch.float64)
+    (exact,) = twin_steps(sae, ReferenceStep)
+    expected, fast = twin_steps(sae.float(), ReferenceStep, CPUStep)
+    for _ in range(5):
+        exact(x, torch.tensor(0.7, dtype=torch.float64))
+        for step in (expected, fast):
+            step(x.float(), torch.tensor(0.7))
+    # Both round sums of the same terms in another order; a factor of 4 leaves room for luck.
+    assert difference(exact, fast) < 4 * difference(exact, expected)
+
+
+def adversarial_sae(d_in: int, d_sae: int, n_tokens: int) -> tuple[SAE, torch.Tensor]:
+    """Each feature has one token at the edge of firing, half of them by a hair above.
+
+    Activations have a few huge coordinates, as residual streams do, and rows of all norms.
+    """
+    generator = torch.Generator().manual_seed(3)
+    sae = ARCHITECTURES["norm_weighted_l1"](d_in, d_sae, generator)
+    x = torch.randn(n_tokens, d_in, generator=generator)
+    x[:, :3] *= 30
+    with torch.no_grad():
+        sae.W_enc *= torch.logspace(-3, 2, d_sae)[torch.randperm(d_sae, generator=generator)]
+        pre = (x.double() @ sae.W_enc.double()).sort(dim=0, descending=True).values
+        edge = pre[torch.arange(d_sae) % 5, torch.arange(d_sae)]
+        hair = 1e-5 * x.norm(dim=1).mean() * sae.W_enc.norm(dim=0)
+        sae.b_enc.copy_(-edge + hair * (-1.0) ** torch.arange(d_sae))
+    return sae, x
+
+
+@pytest.mark.parametrize("screen_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("is_adversarial", [False, True])
+def test_the_screen_misses_nothing(monkeypatch, screen_dtype, is_adversarial):
+    sae, x = (
+        adversarial_sae(48, 500, 77)
+        if is_adversarial
+        else make_sae("l1", 513, 200, 0.05, torch.float32)
+    )
+    screened, brute_force = (
+        CPUStep(twin, make_adam(twin, 1e-2), screen_dtype) for twin in (sae, copy.deepcopy(sae))
+    )
+    with torch.no_grad():
+        pre = copy.deepcopy(sae).double().pre_activations(x.double())
+    statistics = screened(x, torch.tensor(0.7))
+    make_screen = cpu._make_screen
+    monkeypatch.setattr(cpu, "_MAX_SCREENED_DENSITY", 1.0)
+    monkeypatch.setattr(
+        cpu,
+        "_make_screen",
+        lambda *inputs: make_screen(*inputs)._replace(margin=np.full(len(x), np.inf, np.float32)),
+    )
+    assert torch.equal(brute_force(x, torch.tensor(0.7)).n_active, statistics.n_active)
+    assert torch.equal(statistics.n_active, (pre > 0).sum(dim=0))
+    assert difference(screened, brute_force) == 0
+
+
+@pytest.mark.parametrize("density", [0.5, 0.03])
+def test_the_number_of_threads_changes_no_bit(density):
+    if numba.config.NUMBA_NUM_THREADS < 2:
+        pytest.skip("one processor: there is only one number of threads")
+    sae, x = make_sae("l1", 48, 200, density, torch.float32)
+    one, two = twin_steps(sae, CPUStep, CPUStep)
+    for n_threads, step in ((1, one), (2, two)):
+        numba.set_num_threads(n_threads)
+        for _ in range(3):
+            step(x, torch.tensor(0.7))
+    assert difference(one, two) == 0
+
+
+def test_a_fresh_step_continues_a_run_bit_for_bit():
+    sae, x = make_sae("tied_l1", 48, 200, 0.5, torch.float32)
+    unbroken, resumed = twin_steps(sae, CPUStep, CPUStep)
+    for n in range(6):
+        resumed = CPUStep(resumed.sae, resumed.optimizer)
+        for step in (unbroken, resumed):
+            step(x[: 77 - 9 * n], torch.tensor(3.0))
+            step.sae.b_enc.data -= 0.3  # from dense products to sparse ones
+    assert difference(unbroken, resumed) == 0
+
+
+def test_a_feature_that_stays_silent_still_moves_by_its_momentum():
+    sae, x = make_sae("l1", 48, 200, 0.05, torch.float64)
+    expected, fast = twin_steps(sae, ReferenceStep, CPUStep)
+    for step in (expected, fast):
+        step(x, torch.tensor(0.7, dtype=torch.float64))
+        step.sae.b_enc.data.fill_(-1e3)
+    before = fast.sae.W_enc.detach().clone()
+    for step in (expected, fast):
+        assert step(x, torch.tensor(0.7, dtype=torch.float64)).n_active.sum() == 0
+    assert (fast.sae.W_enc - before).abs().max() > 1e-3
+    assert difference(expected, fast) < 1e-10
+
+
+def test_auto_picks_the_fast_step_only_for_the_classes_it_knows():
+    class Changed(ARCHITECTURES["l1"]):
+        pass
+
+    for kind, sae, expected in [
+        ("auto", ARCHITECTURES["l1"](12, 20), CPUStep),
+        ("reference", ARCHITECTURES["l1"](12, 20), ReferenceStep),
+        ("auto", Changed(12, 20), ReferenceStep),
+        ("auto", ARCHITECTURES["l1"](12, 20).bfloat16(), ReferenceStep),
+    ]:
+        assert type(make_step(sae, make_adam(sae, 1e-3), kind)) is expected
+    with pytest.raises(UserError, match="auto or reference"):
+        make_step(sae, make_adam(sae, 1e-3), "fast")
+
+
+def test_without_numba_auto_warns_and_takes_the_reference(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    sae = ARCHITECTURES["l1"](12, 20)
+    with pytest.warns(UserWarning, match="numba"):
+        assert isinstance(make_step(sae, make_adam(sae, 1e-3)), ReferenceStep)

@@ -7,7 +7,6 @@ Written so that `sae_lens.SAE.load_from_disk` reads it as it is. Their `standard
 with the tensors' names and orientations equal to ours. Their training loss is not expressed.
 """
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -21,10 +20,11 @@ from torch import Tensor
 
 from sparse_coding.errors import UserError
 from sparse_coding.sae import ARCHITECTURES, L1SAE, SAE, NormWeightedL1SAE
-from sparse_coding.storage import read_json
+from sparse_coding.storage import read_json, write_json
 
 TENSORS = ("W_enc", "W_dec", "b_enc", "b_dec")
 OURS = "sparse_coding"  # metadata key under which our own facts travel
+VERSION = "6.54.12"  # the SAELens whose layout is written; without it theirs assumes one before 6
 
 
 def save_saelens(
@@ -48,19 +48,8 @@ def save_saelens(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     weights = {name: getattr(sae, name).detach().cpu().contiguous().clone() for name in TENSORS}
-    config = {
-        "architecture": "standard",
-        "d_in": sae.d_in,
-        "d_sae": sae.d_sae,
-        "dtype": str(weights["W_dec"].dtype).removeprefix("torch."),
-        "device": "cpu",
-        "apply_b_dec_to_input": sae.subtracts_b_dec,
-        "normalize_activations": "none",
-        "reshape_activations": "none",
-        "metadata": metadata | {"training_architecture": "standard", OURS: {"class": sae.name}},
-    }
     save_file(weights, temporary / "sae_weights.safetensors")
-    (temporary / "cfg.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(temporary / "cfg.json", _config(sae, metadata))
     if density is not None:
         sparsity = (density.double() + 1e-10).log10().float().cpu()
         save_file({"sparsity": sparsity}, temporary / "sparsity.safetensors")
@@ -68,6 +57,25 @@ def save_saelens(
         shutil.rmtree(folder)
     os.replace(temporary, folder)
     return folder
+
+
+def _config(sae: SAE, metadata: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "architecture": "standard",
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "dtype": str(sae.W_dec.dtype).removeprefix("torch."),
+        "device": "cpu",
+        "apply_b_dec_to_input": sae.subtracts_b_dec,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": metadata
+        | {
+            "sae_lens_version": VERSION,
+            "training_architecture": "standard",
+            OURS: {"class": sae.name},
+        },
+    }
 
 
 def load_saelens(folder: str | Path, device: torch.device | str = "cpu") -> SAE:

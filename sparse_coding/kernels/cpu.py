@@ -30,7 +30,7 @@ from sparse_coding.kernels import cpu_loops as loops
 from sparse_coding.sae import L1SAE, SAE, NormWeightedL1SAE, TiedL1SAE
 
 _CHUNK_BYTES = 8 * 2**20  # stays in the last-level cache between the product and the screen
-_MAX_SCREENED_DENSITY = 0.12
+_MAX_SCREENED_DENSITY = 0.2  # d_in 512: dense wins above 0.5 at ratio 1, 0.22 at ratio 32
 
 
 def supports(sae: SAE) -> bool:
@@ -201,7 +201,8 @@ class CPUStep:
                 entries, n_active[chunk], n_entries, by_token, n_per_feature
             )
         self._update_sparsely(batch, residual, by_token, n_active, n_per_feature)
-        return _statistics(mse, l1, n_per_feature)
+        sums = mse.sum(dtype=np.float64), l1.sum(dtype=np.float64)
+        return _statistics(*sums, torch.from_numpy(n_per_feature), torch.from_numpy(batch.x))
 
     def _update_sparsely(
         self,
@@ -256,35 +257,37 @@ class CPUStep:
         """The same mathematics on whole matrices, chunk by chunk, without an autograd graph."""
         sae, memory = self.sae, self._memory
         x, centred, penalty = map(torch.from_numpy, (batch.x, batch.centred, batch.penalty))
-        rows = sae.W_enc.T
-        decoder_gradient, encoder_gradient = torch.zeros_like(sae.W_dec), torch.zeros_like(rows)
-        b_enc_gradient = torch.zeros_like(sae.b_enc)
+        decoder_gradient, encoder_gradient = (
+            torch.zeros_like(sae.W_dec),
+            torch.zeros_like(sae.W_dec),
+        )
+        f_sum, b_enc_gradient = torch.zeros_like(sae.b_enc), torch.zeros_like(sae.b_enc)
         residual_sum = torch.zeros_like(sae.b_dec)
-        f_sum = torch.zeros_like(sae.b_enc)
         n_per_feature = torch.zeros(sae.d_sae, dtype=torch.int64)
-        mse, l1 = np.empty(len(x), batch.x.dtype), np.empty(len(x), batch.x.dtype)
-        for chunk in _chunks(len(x), sae.d_sae * x.element_size()):
-            n = chunk.stop - chunk.start
-            f = torch.from_numpy(memory.take("f", (n, sae.d_sae), batch.x.dtype))
-            g = torch.from_numpy(memory.take("g", (n, sae.d_sae), batch.x.dtype))
+        square_sum = 0.0
+        for chunk in _chunks(len(x), sae.d_sae * x.element_size() // 4):
+            shape = (chunk.stop - chunk.start, sae.d_sae)
+            f = torch.from_numpy(memory.take("f", shape, batch.x.dtype))
+            gradient = torch.from_numpy(memory.take("gradient", shape, batch.x.dtype))
             torch.addmm(sae.b_enc, centred[chunk], sae.W_enc, out=f).relu_()
             residual = torch.addmm(sae.b_dec, f, sae.W_dec) - x[chunk]
-            torch.mm(residual, sae.W_dec.T, out=g)
-            g *= float(batch.error_scale)
-            g += float(batch.penalty_scale) * penalty
-            g.masked_fill_(f <= 0, 0.0)
+            torch.mm(residual, sae.W_dec.T, out=gradient)
+            loops.gate_gradient(
+                f.numpy(),
+                gradient.numpy(),
+                batch.penalty,
+                (batch.error_scale, batch.penalty_scale),
+                (f_sum.numpy(), b_enc_gradient.numpy(), n_per_feature.numpy()),
+            )
             decoder_gradient.addmm_(f.T, residual, alpha=float(batch.error_scale))
-            encoder_gradient.addmm_(g.T, centred[chunk])
-            b_enc_gradient += g.sum(dim=0)
-            f_sum += f.sum(dim=0)
+            encoder_gradient.addmm_(gradient.T, centred[chunk])
             residual_sum += residual.sum(dim=0)
-            n_per_feature += torch.count_nonzero(f, dim=0)
-            mse[chunk] = residual.square().sum(dim=1).numpy()
-            l1[chunk] = (f @ penalty).numpy()
+            square_sum += residual.square().sum(dtype=torch.float64).item()
         if not sae.has_unit_norm_rows:
+            # The norm's gradient is the direction; zero at a zero row, as in autograd.
             directions = sae.W_dec / penalty.clamp(min=torch.finfo(x.dtype).tiny)[:, None]
             decoder_gradient += float(batch.penalty_scale) * f_sum[:, None] * directions
-        centre_gradient = b_enc_gradient @ rows
+        centre_gradient = b_enc_gradient @ sae.W_enc.T
         scalars = self._advance_adam(batch.x.dtype)
         loops.update_features_densely(
             decoder_gradient.numpy(),
@@ -294,14 +297,10 @@ class CPUStep:
             (self._is_tied, sae.has_unit_norm_rows),
             scalars,
         )
-        self._update_biases(
-            batch,
-            residual_sum.numpy(),
-            centre_gradient.numpy(),
-            b_enc_gradient.numpy(),
-            scalars,
-        )
-        return _statistics(mse, l1, n_per_feature.numpy())
+        gradients = (g.numpy() for g in (residual_sum, centre_gradient, b_enc_gradient))
+        self._update_biases(batch, *gradients, scalars)
+        l1_sum = (f_sum.double() @ penalty.double()).item()
+        return _statistics(square_sum, l1_sum, n_per_feature, x)
 
     @property
     def _is_tied(self) -> bool:
@@ -382,6 +381,8 @@ def _rows(tensor: Tensor) -> np.ndarray:
     return tensor.detach().numpy()
 
 
-def _statistics(mse: np.ndarray, l1: np.ndarray, n_per_feature: np.ndarray) -> StepStatistics:
-    means = [torch.tensor(part.mean(dtype=np.float64).astype(part.dtype)) for part in (mse, l1)]
-    return StepStatistics(*means, torch.from_numpy(n_per_feature))
+def _statistics(
+    square_sum: float, l1_sum: float, n_per_feature: Tensor, x: Tensor
+) -> StepStatistics:
+    means = [torch.tensor(float(part) / len(x), dtype=x.dtype) for part in (square_sum, l1_sum)]
+    return StepStatistics(*means, n_per_feature)

@@ -411,3 +411,28 @@ def update_features_densely(decoder_gradient, encoder_gradient, decoder, encoder
         _update_feature(
             decoder, encoder, i, decoder_gradient[i], encoder_gradient[i], kind, scalars
         )
+
+
+@compiled
+def _gate_features(part, f, gradient, penalty, scales, sums):
+    error_scale, penalty_scale = scales
+    f_sum, gradient_sum, n_active = sums
+    first, last = part * FEATURE_BLOCK, min((part + 1) * FEATURE_BLOCK, f.shape[1])
+    for row in range(len(f)):
+        for i in range(first, last):
+            is_active = f[row, i] > 0
+            slope = error_scale * gradient[row, i] + penalty_scale * penalty[i]
+            gradient[row, i] = slope if is_active else f.dtype.type(0)
+            f_sum[i] += f[row, i]
+            gradient_sum[i] += gradient[row, i]
+            n_active[i] += is_active
+
+
+@compiled_parallel
+def gate_gradient(f, gradient, penalty, scales, sums):
+    """Turn residual @ W_dec.T (chunk, d_sae), in place, into d loss / d pre-activations.
+
+    Adds to sums (d_sae each): f, that gradient, and the number of active entries.
+    """
+    for part in prange(-(-f.shape[1] // FEATURE_BLOCK)):
+        _gate_features(part, f, gradient, penalty, scales, sums)
