@@ -103,6 +103,7 @@ else:
 # `--step reference` does it by autograd, `auto` by the fastest kernel with the same result.
 
 # %%
+run.start()
 training = training_config(cfg, n_steps)
 trainers = {}
 for hook_name, x in take_sample(sources, 8192).items():

@@ -72,7 +72,7 @@ class RunConfig:
     """Passes over them."""
     batch_tokens: int = 1024
     """Activations per optimizer step."""
-    lr: float = 1e-3
+    lr: float = 2e-3
     """Peak learning rate of Adam."""
     lr_warmup_fraction: float = 0.05
     """Share of the steps over which the learning rate rises."""
@@ -170,13 +170,15 @@ def validate(cfg: RunConfig) -> RunConfig:
 
 
 PRESETS: dict[str, RunConfig] = {
-    # about two minutes of work on two CPU cores
-    "demo": RunConfig(),
+    # about two minutes of work on two CPU cores; with BOS first the attention sink is no word
+    "demo": RunConfig(bos="always"),
     # an evening on a laptop
     "offline": RunConfig(
         preset="offline",
+        bos="always",
         n_tokens=5_000_000,
         batch_tokens=2048,
+        lr=1e-3,
         n_resamples=4,
         n_tokens_eval=200_000,
         n_tokens_ce=20_000,
@@ -192,6 +194,7 @@ PRESETS: dict[str, RunConfig] = {
         target_l0=(20.0, 40.0, 80.0),
         n_tokens=50_000_000,
         batch_tokens=8192,
+        lr=1e-3,
         n_resamples=4,
         n_tokens_eval=1_000_000,
         n_tokens_ce=200_000,

@@ -4,6 +4,7 @@ The model runs up to the last hook that is asked for and never computes logits. 
 which rows count, here and in every measurement: `kept_rows`.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from sparse_coding.cache import ActivationCache, CacheWriter, open_cache
 from sparse_coding.errors import UserError
-from sparse_coding.models import LanguageModel, layer_of
+from sparse_coding.models import LanguageModel
 from sparse_coding.sources import KeyedPermutation, ShuffledRows
 from sparse_coding.text import TokenBatch
 
@@ -25,26 +26,33 @@ MAX_NORM_RATIO = 10.0
 NORM_SAMPLE_TOKENS = 8192
 
 
+class _AllFound(Exception):
+    """Leaves the model's forward pass at the last hook."""
+
+
 @torch.inference_mode()
 def activations(
     lm: LanguageModel, tokens: Int[Tensor, "contexts position"], hook_names: Sequence[str]
 ) -> dict[str, Float[Tensor, "contexts position d"]]:
-    """The hooks' activations in the model's dtype, on its device; no block after them runs."""
+    """The hooks' activations in the model's dtype, on its device; nothing after them runs."""
     found: dict[str, Tensor] = {}
 
     def recorder(name: str) -> Callable[..., None]:
         def record(x: Tensor, hook: Any) -> None:
             found[name] = x
+            if len(found) == len(set(hook_names)):
+                raise _AllFound
 
         return record
 
-    lm.model.run_with_hooks(
-        tokens.to(lm.device),
-        return_type=None,
-        stop_at_layer=1 + max(layer_of(name) for name in hook_names),
-        fwd_hooks=[(name, recorder(name)) for name in hook_names],
-    )
-    return found
+    # The bridge's own stop_at_layer would run the unembedding for hooks of the last block.
+    with contextlib.suppress(_AllFound):
+        lm.model.run_with_hooks(
+            tokens.to(lm.device),
+            return_type=None,
+            fwd_hooks=[(name, recorder(name)) for name in hook_names],
+        )
+    return {name: found[name] for name in hook_names}
 
 
 def kept_rows(
@@ -146,9 +154,11 @@ def harvest_to_cache(
         return cache
     lm = rows.lm
     widths = {name: hook_width(lm, name) for name in rows.hook_names}
-    with CacheWriter(root, settings, widths, n_tokens, getattr(torch, dtype)) as writer:
+    with (
+        CacheWriter(root, settings, widths, n_tokens, getattr(torch, dtype)) as writer,
+        tqdm(total=n_tokens, desc="harvest", unit="tok", unit_scale=True) as progress,
+    ):
         n_skipped = writer.n_tokens_done
-        progress = tqdm(total=n_tokens, desc="harvest", unit="tok", unit_scale=True)
         for acts, tokens, documents in _from(rows, n_skipped, progress):
             n = min(len(tokens), n_tokens - writer.n_tokens_done)
             on_cpu = {name: x[:n].cpu() for name, x in acts.items()}
@@ -156,13 +166,12 @@ def harvest_to_cache(
             progress.update(n)
             if writer.n_tokens_done == n_tokens:
                 break
-        progress.close()
         n_done = writer.n_tokens_done
-        if n_done < n_tokens:
-            print(f"activations: the text ended after {n_done:,} of {n_tokens:,} tokens")
         writer.finish(
             {"max_norms": rows.max_norms, "n_valid": rows.n_valid, "n_dropped": rows.n_dropped}
         )
+    if n_done < n_tokens:
+        print(f"activations: the text ended after {n_done:,} of {n_tokens:,} tokens")
     return open_cache(root, settings)
 
 

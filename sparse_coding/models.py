@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from sparse_coding.errors import UserError
 from sparse_coding.storage import sha256
@@ -33,6 +35,7 @@ STREAM_HOOKS = (
     "hook_attn_out",
 )
 RANDOMISATIONS = ("random", "shuffled")
+MODEL_SUFFIXES = {".safetensors", ".bin", ".json", ".txt", ".model", ".jinja"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ class LanguageModel:
     device: torch.device
     dtype: torch.dtype
     identity: dict[str, Any]
-    """JSON: what determines the weights (name, revision or checksums, randomisation, dtype)."""
+    """JSON: what determines tokens and activations (name, revision or checksums of the files,
+    randomisation, dtype)."""
 
     @property
     def d_model(self) -> int:
@@ -105,35 +109,48 @@ def load_lm(
     revision = suffix if suffix and not randomisation else None
     where = choose_device(device)
     number_format = choose_dtype(dtype, where)
-    source = _embedded_folder() if base == EMBEDDED else base
-    model = _boot(str(source), base, revision, where, number_format)
-    identity = {"lm": base, "dtype": str(number_format).removeprefix("torch.")}
-    identity |= _weights_identity(Path(source), model, revision)
-    if randomisation:
-        _randomise(model, randomisation, seed)
-        identity |= {"randomisation": randomisation, "randomisation_seed": seed}
+    source = _source(base, name)
+    with _quiet(), _one_line_for_what_cannot_be_loaded(name):
+        # The bridge's own tokenizer is made to put BOS first, whatever the model's files say.
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        altered = None
+        if randomisation:
+            altered = _randomised(source, randomisation, seed, number_format).to(where)
+        model = TransformerBridge.boot_transformers(
+            source, device=where, dtype=number_format, revision=revision, hf_model=altered
+        )
     model.eval().requires_grad_(False)
-    return LanguageModel(model, model.tokenizer, name, where, number_format, identity)
+    identity = {"lm": base, "dtype": str(number_format).removeprefix("torch.")}
+    identity |= _files_identity(Path(source), model, revision)
+    if randomisation:
+        identity |= {"randomisation": randomisation, "randomisation_seed": seed}
+    return LanguageModel(model, tokenizer, name, where, number_format, identity)
 
 
-def _boot(
-    source: str, name: str, revision: str | None, device: torch.device, dtype: torch.dtype
-) -> TransformerBridge:
-    if not Path(source).is_dir() and (source.count("/") > 1 or source.startswith((".", "/", "~"))):
+def _source(base: str, name: str) -> str:
+    """The folder or hub id to load from."""
+    if base == EMBEDDED:
+        return str(_embedded_folder())
+    folder = Path(base).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if base.count("/") > 1 or base.startswith((".", "/", "~")):
         raise UserError(f"--lm {name}: there is no such folder")
-    with _quiet():
-        try:
-            return TransformerBridge.boot_transformers(
-                source, device=device, dtype=dtype, revision=revision
-            )
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(
-                f"--lm {name} cannot be loaded ({reason}); give {EMBEDDED}, a folder with a "
-                "Hugging Face model, or a hub id such as gpt2 (the hub must be reachable)"
-            ) from None
+    return base
+
+
+@contextlib.contextmanager
+def _one_line_for_what_cannot_be_loaded(name: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"--lm {name} cannot be loaded ({reason}); give {EMBEDDED}, a folder with a "
+            "Hugging Face model, or a hub id such as gpt2 (the hub must be reachable)"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -176,7 +193,7 @@ def _embedded_folder() -> Path:
 
 
 def _convert(package: Path, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=EMBEDDED_FILE)
     quantized = AutoModelForCausalLM.from_pretrained(
@@ -191,51 +208,51 @@ def _convert(package: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _weights_identity(
+def _files_identity(
     source: Path, model: TransformerBridge, revision: str | None
 ) -> dict[str, Any]:
     if source.is_dir():
-        files = sorted([*source.glob("*.safetensors"), *source.glob("*.bin")])
-        return {"weights_sha256": {file.name: sha256(file) for file in files}}
+        files = sorted(path for path in source.iterdir() if path.suffix in MODEL_SUFFIXES)
+        return {"sha256": {path.name: sha256(path) for path in files}}
     commit = getattr(model.original_model.config, "_commit_hash", None)
     return {"revision": commit or revision or "main"}
 
 
-def _randomise(model: TransformerBridge, how: str, seed: int) -> None:
-    original = model.original_model
+def _randomised(source: str, how: str, seed: int, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with other weights, on the CPU, not yet wrapped.
+
+    The bridge keeps split copies of some weights and marks all as initialised: it is too late to
+    change them there.
+    """
     if how == "random":
-        torch.manual_seed(seed)  # the architecture's initialiser draws from the global generator
-        for module in original.modules():
-            if hasattr(module, "_is_hf_initialized"):
-                del module._is_hf_initialized
-        original.init_weights()
-        return
+        config = AutoConfig.from_pretrained(source)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # initialisers draw from the global generator
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        for parameter in model.parameters():  # not buffers: rotary frequencies stay float32
+            parameter.data = parameter.data.to(dtype)
+        return model
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="eager")
     generator = torch.Generator().manual_seed(seed)
-    for parameter in original.parameters():
+    for parameter in model.parameters():
         order = torch.randperm(parameter.numel(), generator=generator)
-        shuffled = parameter.data.flatten()[order.to(parameter.device)]
-        parameter.data.copy_(shuffled.view_as(parameter))
-
-
-def layer_of(hook_name: str) -> int:
-    """The block of a hook: 12 for `blocks.12.hook_resid_post`."""
-    parts = hook_name.split(".")
-    if len(parts) < 3 or parts[0] != "blocks" or not parts[1].isdigit():
-        raise UserError(
-            f"--hook-name {hook_name} is not a hook of a block; "
-            "write for example blocks.3.hook_resid_post"
-        )
-    return int(parts[1])
+        parameter.data = parameter.data.flatten()[order].view_as(parameter)
+    return model
 
 
 def check_hook(lm: LanguageModel, hook_name: str) -> None:
-    """A `UserError` with the nearest name unless the model has this hook."""
-    names = [f"blocks.{i}.{name}" for i in range(lm.n_layers) for name in STREAM_HOOKS]
+    """A `UserError` with the nearest name unless the model has this hook.
+
+    Where attention and MLP work side by side (Pythia) there is no `hook_resid_mid`.
+    """
+    every = lm.model.hook_dict
+    in_a_block = [name for name in STREAM_HOOKS if f"blocks.0.{name}" in every]
+    names = [f"blocks.{i}.{name}" for i in range(lm.n_layers) for name in in_a_block]
     if hook_name in names:
         return
     nearest = difflib.get_close_matches(hook_name, names, n=1)
     hint = f"did you mean {nearest[0]}? " if nearest else ""
     raise UserError(
         f"--hook-name {hook_name} does not exist in {lm.name}; {hint}It must be blocks.L.NAME "
-        f"with L from 0 to {lm.n_layers - 1} and NAME one of {', '.join(STREAM_HOOKS)}"
+        f"with L from 0 to {lm.n_layers - 1} and NAME one of {', '.join(in_a_block)}"
     )

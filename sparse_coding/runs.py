@@ -18,36 +18,45 @@ FREE_TO_CHANGE = {
 }  # fmt: skip
 
 
+LOCK = ".lock"
+
+
 class Run:
-    """The folder `outputs/runs/NAME`, locked against a second process while this one lives."""
+    """The folder `outputs/runs/NAME`.
+
+    Made without touching the disk: a folder that stands in the way is refused at once. `start`
+    then creates, replaces or continues it, and locks it against other processes.
+    """
 
     def __init__(self, cfg: RunConfig, settings: dict[str, Any], device: str) -> None:
         self.cfg, self.settings = cfg, settings
         self.environment = environment(device)
         self.folder = cfg.output / "runs" / (cfg.name or default_name(cfg))
-        if self.folder.exists():
-            self._reopen()
-        elif cfg.resume:
-            raise UserError(f"--resume: {self.folder} does not exist; nothing to continue")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock()
-        if not cfg.resume:
-            self.write("config.json", {"config": settings, "environment": self.environment})
-
-    def _reopen(self) -> None:
         is_run = (self.folder / "config.json").is_file()
-        if self.cfg.resume and is_run:
+        if cfg.resume and not is_run:
+            raise UserError(f"--resume: {self.folder} holds no run; there is nothing to continue")
+        if cfg.resume:
             self._refuse_other_settings()
-        elif not self.cfg.overwrite:
+        elif self.folder.exists() and not cfg.overwrite:
             raise UserError(
                 f"{self.folder} exists; give --name for another folder, --resume to continue it "
                 "or --overwrite to replace it"
             )
-        elif not is_run and any(self.folder.iterdir()):
+        elif self.folder.exists() and not is_run and any(self.folder.iterdir()):
             raise UserError(f"{self.folder} holds no run (no config.json), so it is not replaced")
-        else:
-            self._lock()
-            shutil.rmtree(self.folder)
+
+    def start(self) -> None:
+        """Lock the folder; empty it and write config.json unless the run is resumed."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock()
+        if self.cfg.resume:
+            return
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
+        self.write("config.json", {"config": self.settings, "environment": self.environment})
 
     def _refuse_other_settings(self) -> None:
         before = read_json(self.folder / "config.json")["config"]
@@ -61,7 +70,7 @@ class Run:
             )
 
     def _lock(self) -> None:
-        self._lock_file = open(self.folder / ".lock", "w")  # noqa: SIM115 - held while we live
+        self._lock_file = open(self.folder / LOCK, "w")  # noqa: SIM115 - held while we live
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

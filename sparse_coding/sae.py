@@ -94,11 +94,12 @@ class SAE(Dictionary):
         With zero biases a ReLU dictionary starts by firing half of its features on every token:
         at ratio 32 its first reconstruction is many times too large, and a run of a few hundred
         steps never recovers. None of the three papers does this. Biases are never raised, so
-        l0 >= d_sae / 2 or so changes nothing. `features` restricts it (all by default).
+        l0 >= d_sae / 2 or so changes nothing. A feature is left at least one row: one that is
+        silent on all of them would have no gradient. `features` restricts it (all by default).
         """
         if features is None:
             features = torch.arange(self.d_sae, device=x.device)
-        n_firing = round(len(x) * l0 / self.d_sae)
+        n_firing = max(1, round(len(x) * l0 / self.d_sae))
         if n_firing >= len(x):
             return
         for chunk in features.split(1024):
@@ -141,7 +142,7 @@ class TiedL1SAE(SAE):
 
     Differences from the paper: it has no centre b_dec (its code offers a fixed one), which half
     of a residual stream's energy needs; the rows are kept at unit norm by projection instead of
-    being normalised in every forward pass; its squared error is a mean over d_in.
+    being normalised in every forward pass; its code's squared error is a mean over d_in.
     """
 
     name = "tied_l1"

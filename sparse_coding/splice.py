@@ -39,22 +39,43 @@ def cross_entropies(
     counted = valid[:, :-1] & valid[:, 1:]
     losses = {}
     for name, replace in replacements.items():
-        hooks = [] if replace is None else [(hook_name, _replacing(replace, valid, max_norm))]
+        hooks = [] if replace is None else _hooks(hook_name, replace, valid, max_norm)
         logits = lm.model.run_with_hooks(tokens, return_type="logits", fwd_hooks=hooks)
         losses[name] = _loss(logits, tokens, counted)
     return losses, counted
 
 
-def _replacing(
-    replace: Replacement, valid: Bool[Tensor, "contexts position"], max_norm: float
-) -> Callable[..., Tensor]:
-    def hook(x: Tensor, hook: Any) -> Tensor:
+def _hooks(
+    hook_name: str,
+    replace: Replacement,
+    valid: Bool[Tensor, "contexts position"],
+    max_norm: float,
+) -> list[tuple[str, Callable[..., Tensor]]]:
+    """What to hang into the model: names of hooks and functions."""
+
+    def replaced(x: Tensor, hook: Any) -> Tensor:
         keep = kept_rows(x, valid, max_norm)
         x = x.clone()
         x[keep] = replace(x[keep].float()).to(x.dtype)
         return x
 
-    return hook
+    block, _, kind = hook_name.rpartition(".")
+    if kind != "hook_resid_mid":
+        return [(hook_name, replaced)]
+
+    # The bridge puts this hook on the input of the second norm, and the stream itself goes past
+    # it: to replace the stream, its change must also be added at the end of the block.
+    changes = []
+
+    def changed(x: Tensor, hook: Any) -> Tensor:
+        x_hat = replaced(x, hook)
+        changes.append(x_hat - x)
+        return x_hat
+
+    return [
+        (hook_name, changed),
+        (f"{block}.hook_resid_post", lambda x, hook: x + changes.pop()),
+    ]
 
 
 def _loss(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparse_coding.errors import UserError
-from sparse_coding.kernels import Step, cpu, make_adam, make_step
+from sparse_coding.kernels import Step, cpu, cpu_screen, make_adam, make_step
 from sparse_coding.kernels.cpu import CPUStep
 from sparse_coding.kernels.reference import ReferenceStep
 from sparse_coding.sae import ARCHITECTURES, SAE
@@ -123,22 +123,42 @@ def test_the_screen_misses_nothing(monkeypatch, screen_dtype, is_adversarial):
         if is_adversarial
         else make_sae("l1", 513, 200, 0.05, torch.float32)
     )
+    with torch.no_grad():
+        pre = copy.deepcopy(sae).double().pre_activations(x.double())
     screened, brute_force = (
         CPUStep(twin, make_adam(twin, 1e-2), screen_dtype) for twin in (sae, copy.deepcopy(sae))
     )
-    with torch.no_grad():
-        pre = copy.deepcopy(sae).double().pre_activations(x.double())
     statistics = screened(x, torch.tensor(0.7))
-    make_screen = cpu._make_screen
-    monkeypatch.setattr(cpu, "_MAX_SCREENED_DENSITY", 1.0)
-    monkeypatch.setattr(
-        cpu,
-        "_make_screen",
-        lambda *inputs: make_screen(*inputs)._replace(margin=np.full(len(x), np.inf, np.float32)),
-    )
+    monkeypatch.setattr(cpu, "MAX_SCREENED_DENSITY", 1.0)
+    bounds, everything = cpu_screen._bounds, np.full(len(x), np.inf, np.float32)
+    monkeypatch.setattr(cpu_screen, "_bounds", lambda *a: bounds(*a)._replace(margin=everything))
     assert torch.equal(brute_force(x, torch.tensor(0.7)).n_active, statistics.n_active)
     assert torch.equal(statistics.n_active, (pre > 0).sum(dim=0))
     assert difference(screened, brute_force) == 0
+
+
+LOSES, GAINS = 1 + 2**-8 - 2**-12, 1 + 2**-8 + 2**-12
+"""Rounding to bfloat16 changes them by nearly the most it can: to 1 and to 1 + 2^-7."""
+
+
+@pytest.mark.parametrize(
+    ("x", "w"),
+    [
+        ([LOSES, GAINS] * 6, [1.0, -1.0] * 6),
+        ([1.0, -1.0] * 6, [LOSES, GAINS] * 6),
+        ([1.0, 2**-8] + [0.0] * 10, [1.0] * 12),
+    ],
+    ids=["of the input", "of the weights", "of the product"],
+)
+def test_the_screen_survives_the_worst_rounding(x, w):
+    sae = ARCHITECTURES["norm_weighted_l1"](12, 20)
+    x, w = torch.tensor([x]), torch.tensor(w)
+    with torch.no_grad():
+        sae.b_enc.fill_(-1e3)
+        sae.W_enc[:] = w[:, None]  # in all features: the bounds take the worst of them
+        sae.b_enc[7] = -(x[0] @ w) + 1e-5
+    step = CPUStep(sae, make_adam(sae, 1e-2), torch.bfloat16)
+    assert step(x, torch.tensor(0.7)).n_active.nonzero().flatten().tolist() == [7]
 
 
 @pytest.mark.parametrize("density", [0.5, 0.03])

@@ -9,6 +9,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from build_notebook import ROOT, SCRIPT, difference, execute, notebook_of
+from tiny_models import save_tiny_lm
 
 SAMPLE = '''# %% [markdown]
 # # A title
@@ -105,25 +106,6 @@ def test_the_committed_notebook_shows_its_results():
     assert any(cell.outputs for cell in code)
 
 
-def save_small_lm(folder: Path, text: str) -> None:
-    """A random GPT-NeoX of two layers with a tokenizer made from `text`."""
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
-
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator([text], vocab_size=300, special_tokens=["<|endoftext|>"])
-    end = "<|endoftext|>"
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer, eos_token=end, bos_token=end
-    )
-    tokenizer.save_pretrained(folder)
-    shape = GPTNeoXConfig(
-        vocab_size=len(tokenizer), hidden_size=12, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=20, max_position_embeddings=64, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    GPTNeoXForCausalLM(shape).save_pretrained(folder)
-
-
 def test_the_notebook_runs_from_the_first_cell_to_the_last(tmp_path):
     documents = [
         f"Document {i} counts {i} things, {i * 7} more and {i * i}. " * 9 for i in range(80)
@@ -131,7 +113,7 @@ def test_the_notebook_runs_from_the_first_cell_to_the_last(tmp_path):
     (tmp_path / "text.jsonl").write_text(
         "".join(json.dumps({"text": d}) + "\n" for d in documents)
     )
-    save_small_lm(tmp_path / "lm", " ".join(documents))
+    save_tiny_lm("gpt_neox", tmp_path / "lm", " ".join(documents))
     lm, text, output = (shlex.quote(str(tmp_path / name)) for name in ("lm", "text.jsonl", "out"))
     arguments = (
         f"--lm {lm} --text {text} --output {output} "

@@ -29,7 +29,9 @@ def cfg(tmp_path):
 
 def open_run(cfg, **changes):
     cfg = dataclasses.replace(cfg, **changes)
-    return Run(cfg, run_settings(cfg), "cpu")
+    run = Run(cfg, run_settings(cfg), "cpu")
+    run.start()
+    return run
 
 
 def close(run):
@@ -41,6 +43,11 @@ def test_config_is_written_first_with_what_the_run_was_made_from(cfg):
     content = json.loads((run.folder / "config.json").read_text())
     assert content["config"]["lr"] == cfg.lr
     assert content["environment"]["versions"]["torch"] == importlib.metadata.version("torch")
+
+
+def test_nothing_is_written_before_the_start(cfg):
+    Run(cfg, run_settings(cfg), "cpu")
+    assert not list(cfg.output.iterdir())
 
 
 def test_an_existing_run_folder_is_refused(cfg):
@@ -75,7 +82,7 @@ def test_a_running_run_is_not_replaced(cfg):
 def test_resume_needs_the_same_settings_but_not_the_same_logging(cfg):
     close(open_run(cfg))
     close(open_run(cfg, resume=True, log_every=7))
-    with pytest.raises(UserError, match=r"begun with lr = 0.001, not 0.5"):
+    with pytest.raises(UserError, match=r"begun with lr = 0.002, not 0.5"):
         open_run(cfg, resume=True, lr=0.5)
 
 

@@ -5,6 +5,7 @@ the same statistics; which one ran changes nothing but the time it took.
 """
 
 import importlib.util
+import os
 import warnings
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -53,7 +54,11 @@ def make_adam(sae: SAE, lr: float, betas: tuple[float, float] = (0.9, 0.999)) ->
 
 
 def make_step(sae: SAE, optimizer: torch.optim.Adam, kind: str = "auto") -> Step:
-    """The fastest step there is for this SAE ("auto"), or autograd's ("reference")."""
+    """The fastest step there is for this SAE ("auto"), or autograd's ("reference").
+
+    Imports what it chooses, so that importing this package is cheap and needs no numba. Warns
+    and takes the reference where numba is missing; `UserError` for another kind.
+    """
     from sparse_coding.kernels.reference import ReferenceStep
 
     if kind not in ("auto", "reference"):
@@ -63,6 +68,9 @@ def make_step(sae: SAE, optimizer: torch.optim.Adam, kind: str = "auto") -> Step
     if importlib.util.find_spec("numba") is None:
         warnings.warn("numba is not installed: training is slower without it", stacklevel=2)
         return ReferenceStep(sae, optimizer)
+    # Read when numba's pool starts: threads that spin between its loops take the cores from
+    # torch's threads, and from everybody else's.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from sparse_coding.kernels import cpu
 
     return (cpu.CPUStep if cpu.supports(sae) else ReferenceStep)(sae, optimizer)

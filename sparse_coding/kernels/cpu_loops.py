@@ -2,7 +2,7 @@
 
 Each token and each feature is one thread's work from beginning to end, and sums over several of
 them run over fixed blocks, so no result depends on the number of threads. Plain NumPy arrays in
-and out; matrices are feature-major (row i belongs to feature i). No torch here.
+and out; every matrix is feature-major (row i belongs to feature i). No torch here.
 """
 
 import inspect
@@ -15,8 +15,14 @@ from numba.extending import overload
 
 # Reassociation lets sums vectorise and contraction allows fused multiply-adds; NaN and infinity
 # keep their meaning, so a bad batch still shows in the loss.
-_FAST = {"reassoc", "contract", "nsz", "arcp"}
-_OPTIONS = {"cache": True, "fastmath": _FAST, "error_model": "numpy"}
+_OPTIONS = {
+    "cache": True,
+    "error_model": "numpy",
+    "fastmath": {"reassoc", "contract", "nsz", "arcp"},
+}
+
+FEATURE_BLOCK = 32
+"""Features per partial sum of the centre's gradient; fixed, so that threads do not matter."""
 
 
 def compiled(function: Callable) -> Callable:
@@ -33,16 +39,24 @@ def compiled_parallel(function: Callable) -> Callable:
     return njit(**_OPTIONS, parallel=True)(inspect.unwrap(function))
 
 
-FEATURE_BLOCK = 32
-"""Features per partial sum of the centre's gradient; fixed, so that threads do not matter."""
+class Model(NamedTuple):
+    """An SAE of the L1 family; W_enc is W_dec itself if they are tied."""
+
+    W_enc: np.ndarray
+    b_enc: np.ndarray
+    W_dec: np.ndarray
+    b_dec: np.ndarray
+    is_tied: bool
+    has_unit_norm_rows: bool
 
 
-class Weights(NamedTuple):
-    """A parameter with Adam's two moments, all of one shape."""
+class Moments(NamedTuple):
+    """Adam's two running means of each matrix's gradient."""
 
-    value: np.ndarray
-    exp_avg: np.ndarray
-    exp_avg_sq: np.ndarray
+    W_enc: np.ndarray
+    W_enc_sq: np.ndarray
+    W_dec: np.ndarray
+    W_dec_sq: np.ndarray
 
 
 class AdamScalars(NamedTuple):
@@ -57,116 +71,55 @@ class AdamScalars(NamedTuple):
     eps: np.floating
 
 
+class Batch(NamedTuple):
+    """What a step reads besides the parameters."""
+
+    x: np.ndarray
+    centred: np.ndarray
+    """What the encoder multiplies: x, or x - b_dec."""
+    penalty: np.ndarray
+    """What one unit of each feature costs, ||W_dec[i]||; before the coefficient."""
+    error_scale: np.floating
+    """2 / batch: times the residual, the squared error's gradient by the reconstruction."""
+    penalty_scale: np.floating
+    """l1_coeff / batch"""
+
+
+class Screen(NamedTuple):
+    """Bounds that pass on whatever may be active (`cpu_screen` says why)."""
+
+    lowest: np.ndarray
+    norm: np.ndarray
+    margin: np.ndarray
+
+
 class Entries(NamedTuple):
-    """Active entries: which feature (or token), its activation f and the loss's gradient by it."""
+    """Active entries: which feature (or token), its activation, the loss's gradient by it."""
 
     index: np.ndarray
     f: np.ndarray
     gradient: np.ndarray
 
 
-def _as_float(value):
-    raise NotImplementedError("compiled code only")
+class TokenResults(NamedTuple):
+    """One row per token of the batch."""
+
+    n_active: np.ndarray
+    residual: np.ndarray
+    """x_hat - x, shape (batch, d_in)"""
+    square: np.ndarray
+    penalty: np.ndarray
 
 
-@overload(_as_float, inline="always")
-def _as_float_overload(value):
-    if isinstance(value, types.Integer):  # the bits of a bfloat16
-        return lambda value: np.uint32(np.uint32(value) << np.uint32(16)).view(np.float32)
-    return lambda value: value
+# ---- arithmetic on rows --------------------------------------------------------------------
 
 
 @compiled
-def dot(a, b):
+def _dot(a, b):
     total = a.dtype.type(0)
     for j in range(a.size):
         total += a[j] * b[j]
     return total
-
-
-@compiled
-def _round_row(i, rows, bits, rounded_bits, norm, error):
-    squares, errors = np.float32(0), np.float32(0)
-    for j in range(rows.shape[1]):
-        tie_to_even = (bits[i, j] >> np.uint32(16)) & np.uint32(1)
-        kept = np.uint32(bits[i, j] + np.uint32(0x7FFF) + tie_to_even) >> np.uint32(16)
-        rounded_bits[i, j] = kept
-        rounded = np.uint32(kept << np.uint32(16)).view(np.float32)
-        squares += rounded * rounded
-        errors += (rows[i, j] - rounded) * (rows[i, j] - rounded)
-    norm[i], error[i] = np.sqrt(squares), np.sqrt(errors)
-
-
-@compiled_parallel
-def round_rows(rows, bits, rounded_bits, norm, error):
-    """Round float32 rows (bits: their own) to bfloat16, ties to even.
-
-    Writes the results' bits and, for each row, the norm of the result and of the difference.
-    """
-    for i in prange(len(rows)):
-        _round_row(i, rows, bits, rounded_bits, norm, error)
-
-
-@compiled
-def _is_candidate(screened, lowest, norm, margin):
-    return _as_float(screened) >= lowest - margin * norm
-
-
-@compiled
-def _flag(screened, lowest, norm, margin, flags):
-    for i in range(screened.size):
-        flags[i] = _is_candidate(screened[i], lowest[i], norm[i], margin)
-
-
-@compiled
-def _screen(screened, lowest, norm, margin, candidates):
-    """Write the features that may be active on one token; returns their number.
-
-    The flags are a vectorised pass; the sparse search behind it takes eight flags at a time.
-    """
-    flags = np.empty(screened.size, np.uint8)
-    _flag(screened, lowest, norm, margin, flags)
-    words = flags[: flags.size - flags.size % 8].view(np.uint64)
-    n = 0
-    for word in range(words.size):
-        if words[word] != 0:
-            for i in range(8 * word, 8 * word + 8):
-                candidates[n] = i  # overwritten by the next one unless flagged
-                n += flags[i]
-    for i in range(8 * words.size, flags.size):
-        candidates[n] = i
-        n += flags[i]
-    return n
-
-
-@compiled
-def _count_row(row, screened, bounds, n_candidates):
-    lowest, norm, margin = bounds
-    n = 0
-    for i in range(screened.shape[1]):
-        n += _is_candidate(screened[row, i], lowest[i], norm[i], margin[row])
-    n_candidates[row] = n
-
-
-@compiled_parallel
-def count_candidates(screened, bounds, n_candidates):
-    """Write how many features of each token (chunk, d_sae) the screen would pass on."""
-    for row in prange(len(screened)):
-        _count_row(row, screened, bounds, n_candidates)
-
-
-@compiled
-def _activate(centred, W_enc, b_enc, n_candidates, features, f):
-    """Keep the candidates whose pre-activation is positive at full precision."""
-    n = 0
-    for k in range(n_candidates):
-        i = features[k]
-        pre = dot(centred, W_enc[i]) + b_enc[i]
-        if pre > 0:
-            features[n] = i
-            f[n] = pre
-            n += 1
-    return n
 
 
 @compiled
@@ -175,12 +128,8 @@ def _add_rows(total, coefficients, rows, indices):
     n, width = indices.size, total.size
     whole = n - n % 4
     for k in range(0, whole, 4):
-        c0, c1, c2, c3 = (
-            coefficients[k],
-            coefficients[k + 1],
-            coefficients[k + 2],
-            coefficients[k + 3],
-        )
+        c0, c1 = coefficients[k], coefficients[k + 1]
+        c2, c3 = coefficients[k + 2], coefficients[k + 3]
         r0, r1 = rows[indices[k]], rows[indices[k + 1]]
         r2, r3 = rows[indices[k + 2]], rows[indices[k + 3]]
         for j in range(width):
@@ -192,110 +141,8 @@ def _add_rows(total, coefficients, rows, indices):
 
 
 @compiled
-def _decode(x, f, features, decoder, penalty, scales, residual, gradient):
-    """Write one token's residual and d loss / d f; returns its squared error and penalty."""
-    W_dec, b_dec = decoder
-    error_scale, penalty_scale = scales
-    for j in range(x.size):
-        residual[j] = b_dec[j] - x[j]
-    _add_rows(residual, f, W_dec, features)
-    l1 = x.dtype.type(0)
-    for k in range(f.size):
-        i = features[k]
-        l1 += f[k] * penalty[i]
-        gradient[k] = error_scale * dot(residual, W_dec[i]) + penalty_scale * penalty[i]
-    return dot(residual, residual), l1
-
-
-@compiled
-def _activate_and_decode_row(
-    row, screened, bounds, inputs, encoder, decoder, penalty, scales, entries, n_active, out
-):
-    lowest, norm, margin = bounds
-    x, centred = inputs
-    W_enc, b_enc = encoder
-    residual, mse, l1 = out
-    features, f, gradient = entries.index[row], entries.f[row], entries.gradient[row]
-    passed = _screen(screened[row], lowest, norm, margin[row], features)
-    n = _activate(centred[row], W_enc, b_enc, passed, features, f)
-    n_active[row] = n
-    mse[row], l1[row] = _decode(
-        x[row], f[:n], features[:n], decoder, penalty, scales, residual[row], gradient
-    )
-
-
-@compiled_parallel
-def activate_and_decode(
-    screened, bounds, inputs, encoder, decoder, penalty, scales, entries, n_active, out
-):
-    """For each token of a chunk: its active entries, its residual and its part of the loss.
-
-    screened (chunk, d_sae), bounds (lowest, norm, margin), inputs (x, centred), encoder
-    (W_enc, b_enc), decoder (W_dec, b_dec), penalty (d_sae), scales (2 / batch, l1_coeff / batch).
-    Writes the first n_active[row] columns of entries (chunk, d_sae) and out: residual
-    (chunk, d_in), squared error and penalty (chunk).
-    """
-    for row in prange(len(screened)):
-        _activate_and_decode_row(
-            row,
-            screened,
-            bounds,
-            inputs,
-            encoder,
-            decoder,
-            penalty,
-            scales,
-            entries,
-            n_active,
-            out,
-        )
-
-
-@compiled
-def append_entries(chunk, n_active, start, flat, n_per_feature):
-    """Copy a chunk's entries behind flat[start] and count them by feature; returns the end."""
-    end = start
-    for row in range(len(n_active)):
-        for k in range(n_active[row]):
-            i = chunk.index[row, k]
-            flat.index[end] = i
-            flat.f[end] = chunk.f[row, k]
-            flat.gradient[end] = chunk.gradient[row, k]
-            n_per_feature[i] += 1
-            end += 1
-    return end
-
-
-@compiled
-def _collect(by_token, n_active, first, last, cursor, by_feature):
-    """Move the entries of features first..last to their places; cursor[0] is first's start."""
-    entry = 0
-    for token in range(len(n_active)):
-        for _ in range(n_active[token]):
-            i = by_token.index[entry]
-            if first <= i < last:
-                slot = cursor[i - first]
-                cursor[i - first] = slot + 1
-                by_feature.index[slot] = token
-                by_feature.f[slot] = by_token.f[entry]
-                by_feature.gradient[slot] = by_token.gradient[entry]
-            entry += 1
-
-
-@compiled_parallel
-def group_by_feature(by_token, n_active, starts, parts, by_feature):
-    """Reorder entries from token-major to feature-major, tokens ascending within a feature.
-
-    starts (d_sae + 1) are the features' offsets; parts are boundaries in features.
-    """
-    for part in prange(len(parts) - 1):
-        first, last = parts[part], parts[part + 1]
-        _collect(by_token, n_active, first, last, starts[first:last].copy(), by_feature)
-
-
-@compiled
 def adam(weights, exp_avg, exp_avg_sq, gradient, scalars):
-    """Adam (Kingma and Ba 2015, algorithm 1) on one row, in place, as torch writes it."""
+    """Adam (Kingma and Ba 2015, algorithm 1) on one vector, in place, as torch writes it."""
     for j in range(weights.size):
         g = gradient[j]
         exp_avg[j] += scalars.beta1_complement * (g - exp_avg[j])
@@ -304,124 +151,250 @@ def adam(weights, exp_avg, exp_avg_sq, gradient, scalars):
         weights[j] -= scalars.step_size * exp_avg[j] / denominator
 
 
+# ---- screen --------------------------------------------------------------------------------
+
+
+def _as_float(value):
+    raise NotImplementedError("in compiled code only")
+
+
+@overload(_as_float, inline="always")
+def _compile_as_float(value):
+    if isinstance(value, types.Integer):  # the bits of a bfloat16
+        return lambda value: np.uint32(np.uint32(value) << np.uint32(16)).view(np.float32)
+    return lambda value: value
+
+
 @compiled
-def _update_decoder_row(decoder, i, gradient, has_unit_norm, scalars):
-    """Project the gradient, step, renormalise (unit-norm rows), or only step."""
-    row = decoder.value[i]
-    if has_unit_norm:
-        parallel = dot(gradient, row)
+def _flag(product, screen, token, flags):
+    margin = screen.margin[token]
+    for i in range(product.size):
+        flags[i] = _as_float(product[i]) >= screen.lowest[i] - margin * screen.norm[i]
+
+
+@compiled
+def _candidates(product, screen, token, features):
+    """Write the features that may be active on one token; returns their number.
+
+    Flagging is a vectorised pass; the search for the few set flags takes eight at a time.
+    """
+    flags = np.empty(product.size, np.uint8)
+    _flag(product, screen, token, flags)
+    words = flags[: flags.size - flags.size % 8].view(np.uint64)
+    n = 0
+    for word in range(words.size):
+        if words[word] != 0:
+            for i in range(8 * word, 8 * word + 8):
+                features[n] = i  # overwritten by the next one unless flagged
+                n += flags[i]
+    for i in range(8 * words.size, flags.size):
+        features[n] = i
+        n += flags[i]
+    return n
+
+
+@compiled
+def _count_row(row, product, screen, n_candidates):
+    flags = np.empty(product.shape[1], np.uint8)
+    _flag(product[row], screen, row, flags)
+    n_candidates[row] = flags.sum()
+
+
+@compiled_parallel
+def count_candidates(product, screen, n_candidates):
+    """Write how many entries of each of the first tokens (chunk, d_sae) the screen passes on."""
+    for row in prange(len(product)):
+        _count_row(row, product, screen, n_candidates)
+
+
+# ---- token by token ------------------------------------------------------------------------
+
+
+@compiled
+def _activate(centred, model, n_candidates, features, f):
+    """Keep the candidates whose pre-activation is positive at full precision."""
+    n = 0
+    for k in range(n_candidates):
+        i = features[k]
+        pre = _dot(centred, model.W_enc[i]) + model.b_enc[i]
+        if pre > 0:
+            features[n] = i
+            f[n] = pre
+            n += 1
+    return n
+
+
+@compiled
+def _decode(token, batch, model, features, f, gradient, results):
+    W_dec, b_dec = model.W_dec, model.b_dec
+    residual = results.residual[token]
+    for j in range(residual.size):
+        residual[j] = b_dec[j] - batch.x[token, j]
+    _add_rows(residual, f, W_dec, features)
+    results.square[token] = _dot(residual, residual)
+    penalty = f.dtype.type(0)
+    for k in range(f.size):
+        i = features[k]
+        penalty += f[k] * batch.penalty[i]
+        slope = batch.error_scale * _dot(residual, W_dec[i])
+        gradient[k] = slope + batch.penalty_scale * batch.penalty[i]
+    results.penalty[token] = penalty
+
+
+@compiled
+def _activate_and_decode_row(row, first, product, screen, batch, model, chunk, results):
+    token = first + row
+    features, f, gradient = chunk.index[row], chunk.f[row], chunk.gradient[row]
+    n = _candidates(product[row], screen, token, features)
+    n = _activate(batch.centred[token], model, n, features, f)
+    _decode(token, batch, model, features[:n], f[:n], gradient, results)
+    results.n_active[token] = n
+
+
+@compiled_parallel
+def activate_and_decode(first, product, screen, batch, model, chunk, results):
+    """For the tokens from `first` on: active entries, residual, loss, gradient by f.
+
+    product (chunk, d_sae) is the screen's. The entries of a token are the first n_active[token]
+    columns of its row of `chunk` (chunk, d_sae); the rest goes to `results`.
+    """
+    for row in prange(len(product)):
+        _activate_and_decode_row(row, first, product, screen, batch, model, chunk, results)
+
+
+@compiled
+def append_entries(chunk, n_active, start, by_token, n_per_feature):
+    """Copy a chunk's entries behind by_token[start], count them by feature; returns the end."""
+    end = start
+    for row in range(len(n_active)):
+        for k in range(n_active[row]):
+            i = chunk.index[row, k]
+            by_token.index[end] = i
+            by_token.f[end] = chunk.f[row, k]
+            by_token.gradient[end] = chunk.gradient[row, k]
+            n_per_feature[i] += 1
+            end += 1
+    return end
+
+
+# ---- feature by feature --------------------------------------------------------------------
+
+
+@compiled
+def _collect(part, parts, by_token, n_active, starts, by_feature):
+    first, last = parts[part], parts[part + 1]
+    slots = starts[first:last].copy()
+    entry = 0
+    for token in range(len(n_active)):
+        for _ in range(n_active[token]):
+            i = by_token.index[entry]
+            if first <= i < last:
+                slot = slots[i - first]
+                slots[i - first] += 1
+                by_feature.index[slot] = token
+                by_feature.f[slot] = by_token.f[entry]
+                by_feature.gradient[slot] = by_token.gradient[entry]
+            entry += 1
+
+
+@compiled_parallel
+def group_by_feature(parts, by_token, n_active, starts, by_feature):
+    """Reorder entries from token-major to feature-major, tokens ascending within a feature.
+
+    parts are boundaries between stretches of features, starts (d_sae + 1) their first entries.
+    """
+    for part in prange(len(parts) - 1):
+        _collect(part, parts, by_token, n_active, starts, by_feature)
+
+
+@compiled
+def _update_feature(i, decoder_gradient, encoder_gradient, model, moments, scalars):
+    """Project the decoder's gradient, Adam on both rows, renormalise; overwrites gradients."""
+    row = model.W_dec[i]
+    if model.is_tied:
         for j in range(row.size):
-            gradient[j] -= parallel * row[j]
-    adam(row, decoder.exp_avg[i], decoder.exp_avg_sq[i], gradient, scalars)
-    if has_unit_norm:
-        norm = np.sqrt(dot(row, row))
+            decoder_gradient[j] += encoder_gradient[j]
+    else:
+        adam(model.W_enc[i], moments.W_enc[i], moments.W_enc_sq[i], encoder_gradient, scalars)
+    if model.has_unit_norm_rows:
+        parallel = _dot(decoder_gradient, row)
+        for j in range(row.size):
+            decoder_gradient[j] -= parallel * row[j]
+    adam(row, moments.W_dec[i], moments.W_dec_sq[i], decoder_gradient, scalars)
+    if model.has_unit_norm_rows:
+        norm = np.sqrt(_dot(row, row))
         for j in range(row.size):
             row[j] /= norm
 
 
 @compiled
-def _penalty_gradient(gradient, row, coefficient):
-    """Add the gradient of coefficient * ||row||; zero at the zero row, autograd's choice."""
-    norm = np.sqrt(dot(row, row))
-    if norm > 0:
-        for j in range(row.size):
-            gradient[j] += coefficient * row[j] / norm
+def _add_penalty_gradient(gradient, f_sum, i, batch, model):
+    """Add that of penalty_scale * f_sum * ||W_dec[i]||; at a zero row zero, autograd's choice."""
+    if not model.has_unit_norm_rows and batch.penalty[i] > 0:
+        coefficient = batch.penalty_scale * f_sum / batch.penalty[i]
+        for j in range(gradient.size):
+            gradient[j] += coefficient * model.W_dec[i, j]
 
 
 @compiled
-def _update_feature(decoder, encoder, i, decoder_gradient, encoder_gradient, kind, scalars):
-    is_tied, has_unit_norm = kind
-    if is_tied:
-        for j in range(decoder_gradient.size):
-            decoder_gradient[j] += encoder_gradient[j]
-    else:
-        adam(
-            encoder.value[i], encoder.exp_avg[i], encoder.exp_avg_sq[i], encoder_gradient, scalars
-        )
-    _update_decoder_row(decoder, i, decoder_gradient, has_unit_norm, scalars)
-
-
-@compiled
-def _update_blocks(
-    blocks,
-    starts,
-    entries,
-    inputs,
-    decoder,
-    encoder,
-    kind,
-    scales,
-    scalars,
-    b_enc_gradient,
-    centre,
+def _update_part(
+    part, parts, starts, entries, batch, residual, model, moments, scalars, b_enc_gradient, centre
 ):
-    """`update_features` for the features of blocks[0]..blocks[1]."""
-    residual, centred = inputs
-    error_scale, penalty_scale = scales
-    d_sae, d_in = decoder.value.shape
-    decoder_gradient = np.empty(d_in, decoder.value.dtype)
-    encoder_gradient = np.empty(d_in, decoder.value.dtype)
-    for i in range(blocks[0] * FEATURE_BLOCK, min(blocks[1] * FEATURE_BLOCK, d_sae)):
+    d_sae, d_in = model.W_dec.shape
+    decoder_gradient = np.empty(d_in, residual.dtype)
+    encoder_gradient = np.empty(d_in, residual.dtype)
+    for i in range(parts[part], parts[part + 1]):
         tokens = entries.index[starts[i] : starts[i + 1]]
         f = entries.f[starts[i] : starts[i + 1]]
         gradient = entries.gradient[starts[i] : starts[i + 1]]
         decoder_gradient[:] = 0
         encoder_gradient[:] = 0
         _add_rows(decoder_gradient, f, residual, tokens)
-        _add_rows(encoder_gradient, gradient, centred, tokens)
+        _add_rows(encoder_gradient, gradient, batch.centred, tokens)
         b_enc_gradient[i] = gradient.sum()
         for j in range(d_in):
-            decoder_gradient[j] *= error_scale
-            centre[i // FEATURE_BLOCK, j] += b_enc_gradient[i] * encoder.value[i, j]
-        if not kind[1]:
-            _penalty_gradient(decoder_gradient, decoder.value[i], penalty_scale * f.sum())
-        _update_feature(decoder, encoder, i, decoder_gradient, encoder_gradient, kind, scalars)
+            decoder_gradient[j] *= batch.error_scale
+            centre[i // FEATURE_BLOCK, j] += b_enc_gradient[i] * model.W_enc[i, j]
+        _add_penalty_gradient(decoder_gradient, f.sum(), i, batch, model)
+        _update_feature(i, decoder_gradient, encoder_gradient, model, moments, scalars)
 
 
 @compiled_parallel
 def update_features(
-    parts, starts, entries, inputs, decoder, encoder, kind, scales, scalars, b_enc_gradient, centre
+    parts, starts, entries, batch, residual, model, moments, scalars, b_enc_gradient, centre
 ):
     """Gradient, projection, Adam and renormalisation of every feature, in one pass.
 
-    parts are boundaries in blocks of FEATURE_BLOCK features, entries feature-major from starts,
-    inputs (residual, centred), kind (is_tied, has_unit_norm). Writes d loss / d b_enc and adds to
-    centre (blocks, d_in) each block's sum_i (d loss / d b_enc[i]) * W_enc[i] at the old weights.
+    parts are boundaries between stretches of features, multiples of FEATURE_BLOCK; the entries
+    are feature-major from starts (d_sae + 1). Writes d loss / d b_enc and adds to centre
+    (blocks, d_in) each block's sum_i (d loss / d b_enc[i]) * W_enc[i] at the old weights.
     """
     for part in prange(len(parts) - 1):
-        _update_blocks(
-            parts[part : part + 2],
+        _update_part(
+            part,
+            parts,
             starts,
             entries,
-            inputs,
-            decoder,
-            encoder,
-            kind,
-            scales,
+            batch,
+            residual,
+            model,
+            moments,
             scalars,
             b_enc_gradient,
             centre,
         )
 
 
-@compiled_parallel
-def update_features_densely(decoder_gradient, encoder_gradient, decoder, encoder, kind, scalars):
-    """`update_features` for gradients (d_sae, d_in) that already exist; overwrites them."""
-    for i in prange(len(decoder_gradient)):
-        _update_feature(
-            decoder, encoder, i, decoder_gradient[i], encoder_gradient[i], kind, scalars
-        )
+# ---- dense ---------------------------------------------------------------------------------
 
 
 @compiled
-def _gate_features(part, f, gradient, penalty, scales, sums):
-    error_scale, penalty_scale = scales
-    f_sum, gradient_sum, n_active = sums
-    first, last = part * FEATURE_BLOCK, min((part + 1) * FEATURE_BLOCK, f.shape[1])
+def _gate_block(block, f, gradient, batch, f_sum, gradient_sum, n_active):
+    first, last = block * FEATURE_BLOCK, min((block + 1) * FEATURE_BLOCK, f.shape[1])
     for row in range(len(f)):
         for i in range(first, last):
             is_active = f[row, i] > 0
-            slope = error_scale * gradient[row, i] + penalty_scale * penalty[i]
+            slope = batch.error_scale * gradient[row, i] + batch.penalty_scale * batch.penalty[i]
             gradient[row, i] = slope if is_active else f.dtype.type(0)
             f_sum[i] += f[row, i]
             gradient_sum[i] += gradient[row, i]
@@ -429,10 +402,32 @@ def _gate_features(part, f, gradient, penalty, scales, sums):
 
 
 @compiled_parallel
-def gate_gradient(f, gradient, penalty, scales, sums):
+def gate_gradient(f, gradient, batch, f_sum, gradient_sum, n_active):
     """Turn residual @ W_dec.T (chunk, d_sae), in place, into d loss / d pre-activations.
 
-    Adds to sums (d_sae each): f, that gradient, and the number of active entries.
+    Adds f, that gradient and the number of active entries to their sums (d_sae).
     """
-    for part in prange(-(-f.shape[1] // FEATURE_BLOCK)):
-        _gate_features(part, f, gradient, penalty, scales, sums)
+    for block in prange(-(-f.shape[1] // FEATURE_BLOCK)):
+        _gate_block(block, f, gradient, batch, f_sum, gradient_sum, n_active)
+
+
+@compiled
+def _update_feature_densely(
+    i, decoder_gradient, encoder_gradient, f_sum, batch, model, moments, scalars
+):
+    _add_penalty_gradient(decoder_gradient[i], f_sum[i], i, batch, model)
+    _update_feature(i, decoder_gradient[i], encoder_gradient[i], model, moments, scalars)
+
+
+@compiled_parallel
+def update_features_densely(
+    decoder_gradient, encoder_gradient, f_sum, batch, model, moments, scalars
+):
+    """`update_features` for gradients (d_sae, d_in) that already exist; overwrites them.
+
+    The squared error's alone for the decoder: the penalty's is added from f_sum (d_sae).
+    """
+    for i in prange(len(decoder_gradient)):
+        _update_feature_densely(
+            i, decoder_gradient, encoder_gradient, f_sum, batch, model, moments, scalars
+        )

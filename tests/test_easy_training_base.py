@@ -1,0 +1,188 @@
+"""The entry script as a user runs it: a subprocess, a small saved model, a local text, offline."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from build_notebook import ROOT
+from safetensors.torch import load_file
+from tiny_models import save_tiny_lm
+
+from sparse_coding.formats.saelens import load_saelens
+
+WORDS = [
+    "the", "a", "one", "red", "blue", "old", "new", "cat", "dog", "bird", "tree", "sees", "finds",
+    "likes", "near", "under", "over",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a GPT-NeoX of two layers and a text of 200 documents."""
+    folder = tmp_path_factory.mktemp("place")
+    generator = torch.Generator().manual_seed(0)
+    texts = []
+    for _ in range(200):
+        drawn = torch.randint(len(WORDS), (120,), generator=generator).tolist()
+        texts.append(" ".join(WORDS[i] for i in drawn))
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    save_tiny_lm("gpt_neox", folder / "lm", "\n".join(texts))
+    return folder
+
+
+def command(place: Path, *arguments: str) -> list[str]:
+    settings = (
+        "--lm lm --text text.jsonl --hook-name blocks.1.hook_resid_post --context-length 32 "
+        "--heldout-fraction 0.2 --ratios 1 4 --target-l0 6 --initial-l0 8 --n-tokens 12000 "
+        "--batch-tokens 64 --n-tokens-eval 1500 --n-tokens-ce 600 --log-every 5 --device cpu"
+    )
+    return [sys.executable, str(ROOT / "easy_training_base.py"), *settings.split(), *arguments]
+
+
+def run(place: Path, *arguments: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        command(place, *arguments), cwd=place, capture_output=True, text=True, env=environment
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(place):
+    done = run(place, "--name", "whole", "--seed", "0", "1")
+    assert done.returncode == 0, done.stderr
+    return done, place / "outputs/runs/whole"
+
+
+def test_the_table_has_a_line_for_every_sae_of_the_ladder(finished):
+    done, _ = finished
+    for ratio in ("x01", "x04"):
+        for seed in ("s0", "s1"):
+            assert f"l1_{ratio}_l0-6_{seed}" in done.stdout
+
+
+def test_a_run_folder_is_complete_in_itself(finished):
+    _, folder = finished
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    expected = {
+        "config.json", "metrics.jsonl", "summary.json", "results/feature_density.json",
+        "figures/fig_reconstruction.png", "figures/fig_reconstruction.pdf",
+        "saes/l1_x04_l0-6_s1/cfg.json", "saes/l1_x04_l0-6_s1/sae_weights.safetensors",
+        "saes/l1_x04_l0-6_s1/sparsity.safetensors",
+    }  # fmt: skip
+    assert expected <= files
+
+
+def test_summary_rows_carry_their_numbers_with_n_and_intervals(finished):
+    _, folder = finished
+    content = json.loads((folder / "summary.json").read_text())
+    assert content["config"]["batch_tokens"] == 64
+    assert len(content["rows"]) == 4
+    for row in content["rows"]:
+        assert row["n_tokens_trained"] == 12000 // 64 * 64
+        assert row["n_tokens_eval"] >= 1500
+        assert row["n_tokens_ce"] >= 600 * 0.9  # the last position of a context has no target
+        assert row["d_sae"] == row["ratio"] * row["d_in"]
+        assert row["fvu_low"] <= row["fvu"] <= row["fvu_high"]
+        assert 0 <= row["dead_fraction"] <= 1
+        assert row["l0"] == pytest.approx(6.0, rel=0.4)  # 187 small steps; the target is near
+
+
+def test_training_lowers_the_unexplained_variance(finished):
+    _, folder = finished
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    of_one = [line["fvu"] for line in lines if line["name"] == "l1_x04_l0-6_s0"]
+    assert [line["step"] for line in lines][:4] == [5] * 4
+    assert of_one[-1] < 0.5 * of_one[0]
+
+
+def test_saved_saes_are_those_that_were_measured(finished):
+    _, folder = finished
+    rows = json.loads((folder / "summary.json").read_text())["rows"]
+    sae = load_saelens(folder / "saes" / rows[0]["name"])
+    metadata = json.loads((folder / "saes" / rows[0]["name"] / "cfg.json").read_text())["metadata"]
+    assert sae.name == rows[0]["architecture"]
+    assert metadata["l0"] == rows[0]["l0"]
+    assert metadata["hook_name"] == "blocks.1.hook_resid_post"
+
+
+def test_the_same_command_again_is_refused_in_one_line(finished, place):
+    done = run(place, "--name", "whole", "--seed", "0", "1")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: outputs/runs/whole exists")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_terminated_run_that_is_resumed_ends_bitwise_equal(finished, place):
+    _, whole = finished
+    arguments = ["--name", "broken", "--seed", "0", "1", "--checkpoint-every", "50"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        command(place, *arguments), cwd=place, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    log = place / "outputs/runs/broken/metrics.jsonl"
+    while process.poll() is None and not (log.exists() and log.stat().st_size > 2000):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate()
+    assert process.returncode == 1
+    assert "stopped by SIGTERM at step" in stderr
+    assert not (place / "outputs/runs/broken/summary.json").exists()
+    done = run(place, *arguments, "--resume")
+    assert done.returncode == 0, done.stderr
+    for path in sorted(whole.glob("saes/*/sae_weights.safetensors")):
+        one, other = load_file(path), load_file(log.parent / path.relative_to(whole))
+        for name, tensor in one.items():
+            assert torch.equal(tensor, other[name]), (path, name)
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    of_whole = [json.loads(s)["step"] for s in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert sorted(set(of_whole)) == sorted(set(steps) & set(of_whole))
+    assert steps == sorted(steps)
+
+
+def test_two_hooks_stream_without_a_cache_and_share_one_pass(place):
+    done = run(
+        place, "--name", "stream", "--no-cache", "--hook-name", "blocks.0.hook_resid_post",
+        "blocks.1.hook_mlp_out", "--ratios", "2", "--n-tokens", "3000", "--buffer-tokens", "500",
+        "--architecture", "tied_l1", "norm_weighted_l1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((place / "outputs/runs/stream/summary.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == [
+        f"{hook}/{architecture}_x02_l0-6_s0"
+        for hook in ("blocks.0.hook_resid_post", "blocks.1.hook_mlp_out")
+        for architecture in ("tied_l1", "norm_weighted_l1")
+    ]
+    saved = place / "outputs/runs/stream/saes" / rows[0]["name"]
+    assert load_saelens(saved).name == "tied_l1"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lm", "nowhere/at-all"], "--lm nowhere/at-all cannot be loaded"),
+        (["--hook-name", "blocks.1.hook_resid_pots"], "did you mean blocks.1.hook_resid_post?"),
+        (["--hook-name", "blocks.2.hook_resid_post"], "L from 0 to 1"),
+        (["--architecture", "relu"], "--architecture relu is unknown"),
+        (["--text", "missing.jsonl"], "missing.jsonl"),
+        (["--text", "broken.jsonl"], "broken.jsonl"),
+        (["--context-length", "100000"], "context"),
+        (["--n-tokens", "10"], "batch"),
+        (["--preset", "none"], "--preset none is unknown"),
+        (["--ratios", "0"], "--ratios 0 is not possible"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_leaves_no_run_folder(place, arguments, message):
+    (place / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    done = run(place, "--name", "bad", *arguments)
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    assert message in errors[0]
+    assert "Traceback" not in done.stderr
+    assert not (place / "outputs/runs/bad").exists()

@@ -1,0 +1,255 @@
+"""Each architecture against its paper: NumPy formulas, cases by hand, identities, planted truth.
+
+The formulas are written out from the papers, in their orientation, and share no code with ours.
+"""
+
+import copy
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from sparse_coding.kernels import make_adam
+from sparse_coding.kernels.reference import ReferenceStep
+from sparse_coding.sae import ARCHITECTURES, L1SAE, SAE, NormWeightedL1SAE, TiedL1SAE
+
+BATCH, D_IN, D_SAE, L1_COEFF = 7, 12, 20, 0.7
+
+
+class Weights(NamedTuple):
+    """An SAE's parameters in the papers' orientation: one feature per encoder row."""
+
+    encoder: np.ndarray  # (d_sae, d_in)
+    decoder: np.ndarray  # (d_in, d_sae)
+    b_enc: np.ndarray
+    b_dec: np.ndarray
+
+
+def cunningham_2023(w, x):
+    """c = ReLU(M x + b), x_hat = M^T c, alpha ||c||_1; x centred by b_dec, M = decoder^T."""
+    c = np.maximum(w.decoder.T @ (x - w.b_dec) + w.b_enc, 0)
+    return c, w.decoder @ c + w.b_dec, np.abs(c).sum()
+
+
+def bricken_2023(w, x):
+    """f = ReLU(W_e (x - b_d) + b_e), x_hat = W_d f + b_d, lambda ||f||_1."""
+    f = np.maximum(w.encoder @ (x - w.b_dec) + w.b_enc, 0)
+    return f, w.decoder @ f + w.b_dec, np.abs(f).sum()
+
+
+def conerly_2024(w, x):
+    """f = ReLU(W_e x + b_e), x_hat = W_d f + b_d, lambda sum_i f_i ||W_d,i||_2."""
+    f = np.maximum(w.encoder @ x + w.b_enc, 0)
+    return f, w.decoder @ f + w.b_dec, sum(f * np.sqrt((w.decoder**2).sum(axis=0)))
+
+
+PAPERS = {"tied_l1": cunningham_2023, "l1": bricken_2023, "norm_weighted_l1": conerly_2024}
+
+
+def make_sae(architecture: str) -> SAE:
+    generator = torch.Generator().manual_seed(8)
+    sae = ARCHITECTURES[architecture](D_IN, D_SAE, generator).double()
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter += 0.3 * noise
+    sae.normalise()
+    return sae
+
+
+@pytest.fixture(params=list(ARCHITECTURES))
+def sae(request):
+    return make_sae(request.param)
+
+
+@pytest.fixture
+def x():
+    generator = torch.Generator().manual_seed(9)
+    return 0.5 + 2 * torch.randn(BATCH, D_IN, generator=generator, dtype=torch.float64)
+
+
+def set_parameters(sae, **values):
+    with torch.no_grad():
+        for name, value in values.items():
+            getattr(sae, name).copy_(torch.as_tensor(value))
+    return sae
+
+
+# The papers' formulas.
+
+
+def test_encode_decode_and_loss_are_the_papers(sae, x):
+    tensors = (sae.W_enc.T, sae.W_dec.T, sae.b_enc, sae.b_dec)
+    weights = Weights(*(tensor.detach().numpy() for tensor in tensors))
+    rows = [PAPERS[sae.name](weights, row) for row in x.numpy()]
+    f, x_hat, l1 = (np.stack(parts) for parts in zip(*rows, strict=True))
+    mse = np.mean([np.sum((row - hat) ** 2) for row, hat in zip(x.numpy(), x_hat, strict=True)])
+    loss = sae.loss(x, L1_COEFF)
+    for ours, theirs in [
+        (sae.encode(x), f),
+        (sae(x), x_hat),
+        (loss.mse, mse),
+        (loss.l1, l1.mean()),
+        (loss.total, mse + L1_COEFF * l1.mean()),
+    ]:
+        np.testing.assert_allclose(ours.detach().numpy(), theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("cls", [TiedL1SAE, L1SAE])
+def test_a_centred_case_worked_by_hand(cls):
+    rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
+    sae = set_parameters(cls(2, 3), W_dec=rows, b_enc=[0.0, -0.5, -1.0], b_dec=[1.0, -1.0])
+    set_parameters(sae, **({} if cls is TiedL1SAE else {"W_enc": rows.T}))
+    x = torch.tensor([[3.0, 1.0], [1.0, -3.0]])  # centred: (2, 2) and (0, -2)
+    loss = sae.loss(x, 0.4)
+    torch.testing.assert_close(loss.f, torch.tensor([[2.0, 1.5, 1.8], [0.0, 0.0, 0.0]]))
+    torch.testing.assert_close(sae(x), torch.tensor([[4.08, 1.94], [1.0, -1.0]]))
+    # Errors (-1.08, -0.94) and (0, -2): squares 2.05 and 4. Features sum to 5.3 and 0.
+    expected = torch.tensor([3.025, 2.65, 3.025 + 0.4 * 2.65])
+    torch.testing.assert_close(torch.stack([loss.mse, loss.l1, loss.total]), expected)
+
+
+def test_a_norm_weighted_case_worked_by_hand():
+    sae = set_parameters(
+        NormWeightedL1SAE(2, 3),
+        W_enc=[[1.0, 0.0, 0.6], [0.0, 1.0, 0.8]],
+        W_dec=[[3.0, 4.0], [0.0, 2.0], [0.5, 0.0]],  # norms 5, 2 and 0.5
+        b_enc=[-1.0, 0.5, -1.0],
+        b_dec=[1.0, -1.0],
+    )
+    x = torch.tensor([[3.0, 1.0], [1.0, -3.0]])
+    loss = sae.loss(x, 0.4)
+    torch.testing.assert_close(loss.f, torch.tensor([[2.0, 1.5, 1.6], [0.0, 0.0, 0.0]]))
+    torch.testing.assert_close(sae(x), torch.tensor([[7.8, 10.0], [1.0, -1.0]]))
+    # Errors (-4.8, -9) and (0, -2): squares 104.04 and 4. Weighted features 10 + 3 + 0.8 and 0.
+    expected = torch.tensor([54.02, 6.9, 54.02 + 0.4 * 6.9])
+    torch.testing.assert_close(torch.stack([loss.mse, loss.l1, loss.total]), expected)
+
+
+# One coefficient, one meaning.
+
+
+def test_one_l1_coefficient_is_one_loss_in_every_class(x):
+    tied = make_sae("tied_l1")
+    shared = {"W_dec": tied.W_dec, "W_enc": tied.W_enc, "b_dec": tied.b_dec}
+    untied = set_parameters(make_sae("l1"), **shared, b_enc=tied.b_enc)
+    b_enc = tied.b_enc - tied.b_dec @ tied.W_enc
+    weighted = set_parameters(make_sae("norm_weighted_l1"), **shared, b_enc=b_enc)
+    expected = tied.loss(x, L1_COEFF)
+    for sae in (untied, weighted):
+        for ours, theirs in zip(sae.loss(x, L1_COEFF), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_growing_the_decoder_does_not_lower_the_norm_weighted_loss(x):
+    sae = make_sae("norm_weighted_l1")
+    growth = torch.linspace(0.1, 9.0, D_SAE, dtype=torch.float64)
+    grown = set_parameters(
+        copy.deepcopy(sae),
+        W_dec=sae.W_dec * growth[:, None],
+        W_enc=sae.W_enc / growth,
+        b_enc=sae.b_enc / growth,
+    )
+    torch.testing.assert_close(grown.loss(x, L1_COEFF).total, sae.loss(x, L1_COEFF).total)
+    assert not torch.allclose(grown.encode(x), sae.encode(x))
+
+
+# Starting and staying.
+
+
+def test_rows_start_with_the_papers_norm(sae):
+    fresh = type(sae)(D_IN, D_SAE, torch.Generator().manual_seed(3))
+    expected = torch.full((D_SAE,), 1.0 if sae.has_unit_norm_rows else 0.1)
+    torch.testing.assert_close(fresh.W_dec.norm(dim=1), expected)
+    assert torch.equal(fresh.W_enc, fresh.W_dec.T)
+    assert not fresh.b_enc.any()
+    assert not fresh.b_dec.any()
+
+
+def test_the_projected_gradient_is_orthogonal_to_unit_rows(sae, x):
+    sae.loss(x, L1_COEFF).total.backward()
+    full = sae.W_dec.grad.clone()
+    sae.project_gradient()
+    projected = sae.W_dec.grad
+    if not sae.has_unit_norm_rows:
+        assert torch.equal(projected, full)
+        return
+    along = (projected * sae.W_dec).sum(dim=1)
+    assert along.abs().max() < 1e-12 * full.norm()
+    # What was removed is parallel to the rows: nothing else was lost.
+    removed = full - projected
+    parallel = removed.norm(dim=1) - (removed * sae.W_dec).sum(dim=1).abs()
+    assert parallel.abs().max() < 1e-12 * full.norm()
+    assert removed.norm() > 1e-3 * full.norm()
+
+
+def test_every_class_starts_by_encoding_what_is_left_of_the_mean(sae, x):
+    fresh = type(sae)(D_IN, D_SAE, torch.Generator().manual_seed(3)).double()
+    centred = fresh.encode(x - x.mean(dim=0))  # all biases are zero
+    fresh.initialise_centre(x.mean(dim=0))
+    torch.testing.assert_close(fresh.encode(x), centred, rtol=1e-12, atol=1e-12)
+    zero = torch.zeros(D_SAE, dtype=torch.float64)
+    torch.testing.assert_close(fresh.decode(zero), x.mean(dim=0))
+
+
+@pytest.mark.parametrize(("l0", "n_firing"), [(5.0, 100), (0.2, 4), (1e-9, 1)])
+def test_every_feature_starts_by_firing_on_its_share_of_the_rows(sae, l0, n_firing):
+    x = torch.randn(400, D_IN, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    fresh = type(sae)(D_IN, D_SAE, torch.Generator().manual_seed(3)).double()
+    fresh.initialise_centre(x.mean(dim=0))
+    fresh.initialise_sparsity(x, l0)
+    # The feature at the edge is at zero up to rounding, on either side of it.
+    fires = (fresh.encode(x) > 1e-9).sum(dim=0)
+    assert (fires == n_firing).all()
+
+
+def test_starting_sparse_never_raises_a_bias(sae, x):
+    # Asked to fire on 6 rows of 7, most features would have to be raised: they fire on fewer.
+    before, n_firing = sae.b_enc.detach().clone(), (sae.encode(x) > 0).sum(dim=0)
+    assert (n_firing < 6).sum() > D_SAE / 2
+    sae.initialise_sparsity(x, 6 / 7 * D_SAE)
+    assert (sae.b_enc <= before).all()
+    assert torch.equal(sae.b_enc[n_firing < 6], before[n_firing < 6])
+
+
+def test_starting_sparse_leaves_the_features_that_were_not_chosen(sae, x):
+    before, chosen = sae.b_enc.detach().clone(), torch.tensor([3, 11])
+    sae.initialise_sparsity(x, 1.0, chosen)
+    moved = (sae.b_enc != before).nonzero().flatten()
+    assert set(moved.tolist()) <= {3, 11}
+    assert len(moved) > 0
+
+
+# Planted features.
+
+
+def planted(n_tokens, features, generator):
+    """Non-negative sparse sums of unit features: each is on for 8 % of the tokens, at 0.5 to 1.5.
+
+    Scaled to a root-mean-square norm of sqrt(d_in), as the trainer does.
+    """
+    size = (n_tokens, len(features))
+    on = torch.rand(size, generator=generator) < 0.08
+    x = (on * (0.5 + torch.rand(size, generator=generator))) @ features
+    return x * (features.shape[1] / x.square().sum(dim=1).mean()).sqrt()
+
+
+def mean_max_cosine(features, rows):
+    rows = rows / rows.norm(dim=1, keepdim=True)
+    return (features @ rows.T).max(dim=1).values.mean().item()
+
+
+def test_training_recovers_planted_features_and_a_random_dictionary_does_not(sae):
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(24, 16, generator=generator)
+    features /= features.norm(dim=1, keepdim=True)
+    x = planted(80_000, features, generator)
+    trained = type(sae)(16, 32, generator)
+    random = mean_max_cosine(features, trained.W_dec)
+    trained.initialise_centre(x.mean(dim=0))
+    step = ReferenceStep(trained, make_adam(trained, lr=1e-2))
+    for batch in x.split(100):
+        step(batch, torch.tensor(1.0))
+    assert random < 0.6
+    assert mean_max_cosine(features, trained.W_dec) > 0.9
