@@ -7,6 +7,7 @@ nothing in `step` waits for the device.
 
 import copy
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from torch import Tensor
 from sparse_coding.config import RunConfig
 from sparse_coding.errors import UserError
 from sparse_coding.kernels import StepStatistics, make_adam, make_step
+from sparse_coding.metrics import accumulator_dtype
 from sparse_coding.sae import ARCHITECTURES, SAE
 
 
@@ -119,7 +121,8 @@ class Lane:
         self.optimizer = make_adam(sae, cfg.lr)
         self.run_step = make_step(sae, self.optimizer, cfg.step)
         self.tokens_since_fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
-        self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # mse, l1, l0
+        dtype = accumulator_dtype(device)
+        self.sums = torch.zeros(3, dtype=dtype, device=device)  # mse, l1, l0
         self.controller = (
             None if spec.target_l0 is None else L0Controller(spec.target_l0, cfg.n_steps, device)
         )
@@ -138,7 +141,7 @@ class Lane:
         l0 = statistics.n_active.sum() / batch_tokens
         if self.controller is not None:
             self.controller.update(l0)
-        self.sums += torch.stack([statistics.mse, statistics.l1, l0]).double()
+        self.sums += torch.stack([statistics.mse, statistics.l1, l0])
         self.tokens_since_fired += batch_tokens
         self.tokens_since_fired.masked_fill_(statistics.n_active > 0, 0)
 
@@ -198,7 +201,7 @@ class Lane:
             "l1": l1,
             "l1_coeff": self.l1_coeff(self.cfg.sparsity_at(step - 1)).item(),
             "lr": self.optimizer.param_groups[0]["lr"],
-            "dead_fraction": dead.double().mean().item(),
+            "dead_fraction": dead.float().mean().item(),
         }
 
     def tensors(self) -> dict[str, Tensor]:
@@ -243,7 +246,8 @@ class Trainer:
         self.mean = sample.mean(dim=0)
         self.lanes = [self._make_lane(prefix, spec, sample) for spec in specs]
         self.n_steps_done = 0
-        self.variance_sum = torch.zeros((), dtype=torch.float64, device=sample.device)
+        dtype = accumulator_dtype(sample.device)
+        self.variance_sum = torch.zeros((), dtype=dtype, device=sample.device)
         self.n_steps_summed = 0
         self.pool: list[Tensor] = []
 
@@ -289,6 +293,12 @@ class Trainer:
         rows = [lane.metrics(n, variance, self.n_steps_done) for lane in self.lanes]
         self.variance_sum.zero_()
         self.n_steps_summed = 0
+        for row in rows:
+            if not math.isfinite(row["mse"]):
+                raise UserError(
+                    f"{row['name']} diverged before step {self.n_steps_done}: its squared error "
+                    f"is {row['mse']}; lower --lr (the last checkpoint is whole)"
+                )
         return rows
 
     def facts(self) -> dict[str, dict[str, Any]]:

@@ -188,6 +188,14 @@ def test_rows_have_unit_norm_after_a_step_where_the_class_says_so(sae, x, kind):
     assert off < 1e-6 if sae.has_unit_norm_rows else off > 1e-3
 
 
+def test_a_step_gives_adam_no_gradient_along_a_unit_row(sae, x):
+    before = sae.W_dec.detach().clone()
+    ReferenceStep(sae, make_adam(sae, lr=0.1))(x, L1_COEFF)
+    along = (sae.W_dec.grad * before).sum(dim=1).abs().max() / sae.W_dec.grad.norm()
+    # A sum of 12 products in float32: a few units of 6e-8.
+    assert along < 1e-6 if sae.has_unit_norm_rows else along > 1e-3
+
+
 @pytest.mark.parametrize("scale", [0.03, 17.0])
 def test_a_folded_scale_gives_the_scaled_saes_output_in_raw_units(sae, x, scale):
     sae, x = sae.double(), x.double()

@@ -164,3 +164,12 @@ def test_the_ladder_is_every_combination():
 def test_broken_activations_are_refused():
     with pytest.raises(UserError, match="mean square norm is nan"):
         Trainer([spec()], config(), torch.full((5, D_IN), float("nan")))
+
+
+def test_a_diverged_run_says_which_sae_and_what_to_do(activations):
+    trainer = Trainer([spec()], config(), activations[:500])
+    with torch.no_grad():
+        trainer.lanes[0].sae.W_dec[0] = float("nan")
+    train(trainer, activations, last=1)
+    with pytest.raises(UserError, match="l1_x02_c1.0_s0 diverged before step 1.*lower --lr"):
+        trainer.metrics()

@@ -1,0 +1,63 @@
+"""What the README tells a user to type exists and is accepted."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from sparse_coding.config import parse_config
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SCRIPT = (ROOT / "easy_training_base.py").read_text(encoding="utf-8")
+
+
+def training_commands(text: str) -> list[str]:
+    """Arguments of every call of the entry script, with lines that end in a backslash joined."""
+    joined = text.replace("\\\n", " ")
+    found = re.findall(r"python easy_training_base\.py([^`\n#|]*)", joined)
+    return [arguments.strip() for arguments in found]
+
+
+def tree_names() -> list[str]:
+    """The names in the README's file tree, with the folder they are listed under."""
+    block = README.split("## What is where")[1].split("```")[1]
+    names = []
+    for line in block.strip().splitlines():
+        folder = "sparse_coding/" if line.startswith("  ") else ""
+        words = re.split(r"\s{2,}", line.strip())[0] if not folder else line
+        names += [folder + word for word in re.findall(r"[\w./-]+(?:\.py|\.ipynb|/)", words)]
+    return names
+
+
+@pytest.mark.parametrize("arguments", training_commands(README) + training_commands(SCRIPT))
+def test_every_training_command_is_accepted(arguments):
+    if arguments != "--help":
+        parse_config(shlex.split(arguments))
+
+
+def test_the_readme_shows_several_training_commands():
+    assert len(training_commands(README)) >= 5
+
+
+@pytest.mark.parametrize("name", tree_names())
+def test_every_name_in_the_file_tree_exists(name):
+    assert (ROOT / name).exists()
+
+
+def test_the_file_tree_leaves_no_library_module_out():
+    listed = set(tree_names())
+    modules = {f"sparse_coding/{path.name}" for path in (ROOT / "sparse_coding").glob("*.py")}
+    assert modules - listed - {"sparse_coding/__init__.py"} == set()
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"make ([\w./-]+)", README))))
+def test_every_make_target_exists(target):
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", re.findall(r"\]\((?!http)([^)]+)\)", README))
+def test_every_local_link_and_picture_exists(path):
+    assert (ROOT / path).exists()
