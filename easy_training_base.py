@@ -157,6 +157,7 @@ for hook_name, trainer in trainers.items():
             "dataset_path": cfg.text,
             "prepend_bos": starts_with_bos(lm.tokenizer, cfg.bos),
             "l0": row["l0"],
+            **facts,
         }
         folder, density = run.folder / "saes" / name, n_firings / n_rows
         save_saelens(saes[name], folder, metadata=metadata, density=density, overwrite=True)

@@ -64,7 +64,7 @@ class Evaluation:
     ) -> tuple[ActivationSums, dict[str, ReconstructionSums]]:
         """Sums over all batches for fvu, l0 and firing counts."""
         d_in = next(iter(saes.values())).d_in
-        inputs = ActivationSums(d_in, self.n_documents, self.lm.device)
+        inputs = ActivationSums(d_in, self.n_documents)
         sums = {name: ReconstructionSums(sae, self.n_documents) for name, sae in saes.items()}
         for batch in tqdm(self.batches, desc="reconstruction", unit="batch"):
             x, document = self._rows(batch)
@@ -94,17 +94,18 @@ class Evaluation:
             "mean": lambda x: mean.to(x.dtype).expand_as(x),
             **saes,
         }
-        n = torch.zeros(self.n_documents, dtype=torch.float64, device=self.lm.device)
+        n = torch.zeros(self.n_documents, dtype=torch.float64)
         sums = {name: torch.zeros_like(n) for name in replacements}
         batches = take_tokens(self.batches, n_tokens)
         for batch in tqdm(batches, desc="cross-entropy", unit="batch"):
             losses, counted = cross_entropies(
                 self.lm, batch, self.hook_name, replacements, max_norm=self.max_norm
             )
-            document = batch.document[:, :-1].to(self.lm.device)[counted]
+            counted = counted.cpu()
+            document = batch.document[:, :-1][counted]
             n.index_add_(0, document, torch.ones_like(document, dtype=torch.float64))
             for name, loss in losses.items():
-                sums[name].index_add_(0, document, loss[counted].double())
+                sums[name].index_add_(0, document, loss.cpu()[counted].double())
         return n, sums
 
 
@@ -137,7 +138,7 @@ def evaluate(
             **_spread("l0", mean_per_row(one.n_active, inputs.n, weights)),
             **_spread("fvu", fvu(one.squared_error, inputs, weights)),
             "mse": one.squared_error.sum().item() / n_rows,
-            "dead_fraction": (one.n_firings == 0).double().mean().item(),
+            "dead_fraction": (one.n_firings == 0).float().mean().item(),
             "n_tokens_dead": n_rows,
         }
         row |= _cross_entropy_row(losses, name, n_targets, weights_ce)
@@ -172,7 +173,7 @@ def density_histogram(
     """Histogram of log10(firing rate) in long form; edges of None count the silent features."""
     n_bins = math.ceil(math.log10(n_rows) / bin_width)
     edges = [-(n_bins - i) * bin_width for i in range(n_bins + 1)]
-    rates = (n_firings[n_firings > 0].double().cpu() / n_rows).log10()
+    rates = (n_firings[n_firings > 0].cpu().double() / n_rows).log10()
     # a rate of exactly 1 belongs to the last bin
     bins = ((rates - edges[0]) / bin_width).long().clamp(0, n_bins - 1)
     counts = torch.bincount(bins, minlength=n_bins).tolist()

@@ -1,7 +1,7 @@
 """What a dictionary keeps and loses on held-out activations, as sums that are divided once.
 
-Everything is accumulated in float64 on the device, one row of sums per document: means over any
-set of documents, and bootstrap intervals over documents, follow without another pass.
+Everything is accumulated in float64 on the CPU, one row of sums per document: means over any set
+of documents, and bootstrap intervals over documents, follow without another pass.
 """
 
 from typing import NamedTuple
@@ -35,9 +35,9 @@ class ReconstructionSums:
 
     def __init__(self, dictionary: Dictionary, n_documents: int) -> None:
         self.dictionary = dictionary
+        self.squared_error = torch.zeros(n_documents, dtype=torch.float64)
+        self.n_active = torch.zeros(n_documents, dtype=torch.float64)
         device = dictionary.W_dec.device
-        self.squared_error = torch.zeros(n_documents, dtype=torch.float64, device=device)
-        self.n_active = torch.zeros(n_documents, dtype=torch.float64, device=device)
         self.n_firings = torch.zeros(dictionary.d_sae, dtype=torch.int64, device=device)
 
     @torch.no_grad()
@@ -45,23 +45,24 @@ class ReconstructionSums:
         """Count rows of raw activations; `document[r]` is the document of row r."""
         f = self.dictionary.encode(x)
         active = f > 0
-        error = (x - self.dictionary.decode(f)).double().square().sum(dim=1)
-        self.squared_error.index_add_(0, document, error)
-        self.n_active.index_add_(0, document, active.sum(dim=1).double())
+        error = (x - self.dictionary.decode(f)).square().sum(dim=1)
+        document = document.cpu()
+        self.squared_error.index_add_(0, document, error.cpu().double())
+        self.n_active.index_add_(0, document, active.sum(dim=1).cpu().double())
         self.n_firings += active.sum(dim=0)
 
 
 class ActivationSums:
     """Per document: rows, sum of x and sum of ||x||^2, from which any variance follows."""
 
-    def __init__(self, d_in: int, n_documents: int, device: torch.device) -> None:
-        self.n = torch.zeros(n_documents, dtype=torch.float64, device=device)
-        self.x = torch.zeros(n_documents, d_in, dtype=torch.float64, device=device)
-        self.square = torch.zeros(n_documents, dtype=torch.float64, device=device)
+    def __init__(self, d_in: int, n_documents: int) -> None:
+        self.n = torch.zeros(n_documents, dtype=torch.float64)
+        self.x = torch.zeros(n_documents, d_in, dtype=torch.float64)
+        self.square = torch.zeros(n_documents, dtype=torch.float64)
 
     def add(self, x: Float[Tensor, "rows d_in"], document: Int[Tensor, " rows"]) -> None:
         """Count rows of raw activations."""
-        x = x.double()
+        x, document = x.cpu().double(), document.cpu()
         self.n.index_add_(0, document, torch.ones_like(document, dtype=torch.float64))
         self.x.index_add_(0, document, x)
         self.square.index_add_(0, document, x.square().sum(dim=1))
@@ -79,14 +80,14 @@ def bootstrap_weights(
 
     Only documents that are `present` (have rows) are drawn; the others count 0.
     """
-    documents = present.nonzero().flatten().cpu()
+    documents = present.nonzero().flatten()
     drawn = documents[
         torch.randint(len(documents), (n_draws, len(documents)), generator=generator)
     ]
     weights = torch.zeros(n_draws + 1, len(present), dtype=torch.float64)
     weights[0, documents] = 1.0
     weights[1:].scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
-    return weights.to(present.device)
+    return weights
 
 
 def interval(draws: Float[Tensor, " draws"]) -> Interval:

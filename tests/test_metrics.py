@@ -44,7 +44,7 @@ def rows():
 
 def sums(dictionary, x, document):
     reconstruction = ReconstructionSums(dictionary, N_DOCUMENTS)
-    activations = ActivationSums(D_IN, N_DOCUMENTS, x.device)
+    activations = ActivationSums(D_IN, N_DOCUMENTS)
     for part in (slice(0, 10), slice(10, 31), slice(31, None)):  # ragged batches
         reconstruction.add(x[part], document[part])
         activations.add(x[part], document[part])

@@ -179,3 +179,12 @@ def test_the_first_interrupt_is_remembered_and_the_second_one_kills():
     assert stop.name == "SIGINT"
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_files_are_as_readable_as_the_umask_says(tmp_path):
+    before = os.umask(0o027)
+    try:
+        path = save_checkpoint(tmp_path, 1, {"a": torch.ones(2)}, keep=1)
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o640
