@@ -5,7 +5,7 @@ PYTHON ?= python3
 ARGS ?=
 
 VENV := .venv/bin/python
-PIP := $(VENV) -m pip install --disable-pip-version-check --no-input
+PIP := $(VENV) -m pip install --disable-pip-version-check --no-input --quiet
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test notebook clean
