@@ -5,6 +5,7 @@ which rows count, here and in every measurement: `kept_rows`.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -83,8 +84,14 @@ def measure_max_norms(
             break
     if n == 0:
         raise UserError("the text has no position to learn from: it is all special tokens")
-    return {name: MAX_NORM_RATIO * torch.cat(parts).median().item()
-            for name, parts in norms.items()}  # fmt: skip
+    medians = {name: torch.cat(parts).median().item() for name, parts in norms.items()}
+    for name, median in medians.items():
+        if not math.isfinite(median):
+            raise UserError(
+                f"{name} gives activations that are not finite in {lm.dtype}: run the model in "
+                "bfloat16 or float32 (--dtype)"
+            )
+    return {name: MAX_NORM_RATIO * median for name, median in medians.items()}
 
 
 def hook_width(lm: LanguageModel, hook_name: str) -> int:

@@ -1,6 +1,7 @@
 """Harvested rows are the activations of their tokens, each once, whatever interrupts it."""
 
 import json
+import math
 from itertools import islice
 
 import numpy as np
@@ -167,6 +168,13 @@ def test_a_text_of_special_tokens_only_is_refused(lm):
     batch = token_batches(1)[0]
     with pytest.raises(UserError, match="all special tokens"):
         measure_max_norms(lm, [batch._replace(valid=torch.zeros_like(batch.valid))], HOOKS)
+
+
+def test_a_model_whose_activations_are_not_finite_is_refused(lm, monkeypatch):
+    broken = {name: torch.full((N_CONTEXTS, N_POSITIONS, 4), math.nan) for name in HOOKS}
+    monkeypatch.setattr(harvest, "activations", lambda *_: broken)
+    with pytest.raises(UserError, match="not finite in torch.float32: run the model in"):
+        next(iter(StreamingSources(make_rows(lm), BATCH_TOKENS, 0, 20)))
 
 
 def test_rows_are_those_of_the_rule_aligned_over_hooks_and_counted(lm, limits):

@@ -184,8 +184,8 @@ def test_losses_are_zero_where_they_do_not_count(lms, batch):
 
 def test_one_variant_leaves_nothing_behind_for_the_next(lms, batch):
     order = {"zero": torch.zeros_like, "clean": None, "again": torch.zeros_like}
-    losses, _ = cross_entropies(lms["gpt_neox"], batch, HOOK, order)
     alone, _ = cross_entropies(lms["gpt_neox"], batch, HOOK, {"clean": None})
+    losses, _ = cross_entropies(lms["gpt_neox"], batch, HOOK, order)
     assert torch.equal(losses["clean"], alone["clean"])
     assert torch.equal(losses["zero"], losses["again"])
 
