@@ -21,11 +21,6 @@ class Interval(NamedTuple):
     high: float
 
 
-def accumulator_dtype(device: torch.device) -> torch.dtype:
-    """What sums are kept in: float64, but float32 on MPS, which has no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 class ReconstructionSums:
     """Streaming sums for l0, squared error and firing counts of one dictionary.
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from sparse_coding.config import RunConfig
 from sparse_coding.errors import UserError
 from sparse_coding.kernels import StepStatistics, make_adam, make_step
-from sparse_coding.metrics import accumulator_dtype
 from sparse_coding.sae import ARCHITECTURES, SAE
 
 
@@ -110,6 +109,11 @@ class L0Controller:
             "controller.error": self.error,
             "controller.l0": self.l0,
         }
+
+
+def accumulator_dtype(device: torch.device) -> torch.dtype:
+    """What sums are kept in: float64, but float32 on MPS, which has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 class Lane:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny_models import D_MODEL, load_plain, save_tiny_lm
+from tiny_models import D_MODEL, TEXT, load_plain, save_tiny_lm
 
 from sparse_coding.errors import UserError
 from sparse_coding.evaluation import Evaluation, density_histogram, evaluate, take_tokens
@@ -14,7 +14,6 @@ from sparse_coding.models import load_lm
 from sparse_coding.sae import L1SAE
 from sparse_coding.text import TokenBatch
 
-TEXT = "the red cat sees one old tree near the blue bird; a new dog finds it and likes it. " * 9
 HOOK = "blocks.1.hook_resid_post"
 N_BATCHES, N_CONTEXTS, N_POSITIONS = 4, 3, 13
 TOKENS_OF_A_DOCUMENT = 11

@@ -7,7 +7,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from tiny_models import FAMILIES, save_tiny_lm
+from tiny_models import FAMILIES, TEXT, save_tiny_lm
 
 from sparse_coding import harvest
 from sparse_coding.cache import CachedActivations
@@ -26,7 +26,6 @@ from sparse_coding.harvest import (
 from sparse_coding.models import load_lm
 from sparse_coding.text import TokenBatch
 
-TEXT = "the red cat sees one old tree near the blue bird; a new dog finds it and likes it. " * 9
 EARLY, LATE = "blocks.0.hook_mlp_out", "blocks.1.hook_resid_post"
 HOOKS = [LATE, EARLY]
 N_BATCHES, N_CONTEXTS, N_POSITIONS = 6, 3, 11

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from tiny_models import D_MODEL, FAMILIES, blocks_of, first, load_plain, save_tiny_lm
+from tiny_models import D_MODEL, FAMILIES, TEXT, blocks_of, first, load_plain, save_tiny_lm
 from transformers import AutoTokenizer
 
 from sparse_coding import models
@@ -14,7 +14,6 @@ from sparse_coding.harvest import activations
 from sparse_coding.models import STREAM_HOOKS, check_hook, choose_device, choose_dtype, load_lm
 from sparse_coding.text import starts_with_bos
 
-TEXT = "the red cat sees one old tree near the blue bird; a new dog finds it and likes it. " * 9
 N_LAYERS = 3
 STD = 0.2
 TOKENS = torch.randint(1, 250, (5, 11), generator=torch.Generator().manual_seed(1))

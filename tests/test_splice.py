@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from tiny_models import FAMILIES, blocks_of, first, load_plain, save_tiny_lm
+from tiny_models import FAMILIES, TEXT, blocks_of, first, load_plain, save_tiny_lm
 
 from sparse_coding.harvest import activations
 from sparse_coding.models import load_lm
 from sparse_coding.splice import cross_entropies
 from sparse_coding.text import TokenBatch
 
-TEXT = "the red cat sees one old tree near the blue bird; a new dog finds it and likes it. " * 9
 N_CONTEXTS, N_POSITIONS = 5, 13
 LAYER = 1
 HOOK = f"blocks.{LAYER}.hook_resid_post"

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
+TEXT = "the red cat sees one old tree near the blue bird; a new dog finds it and likes it. " * 9
 END = "<|endoftext|>"
 FAMILIES = ("gpt2", "gpt_neox", "llama")
 D_MODEL = 12
