@@ -53,13 +53,15 @@ class RunConfig:
 
     # what is learnt
     architecture: tuple[str, ...] = ("l1",)
-    """tied_l1, l1 (unit-norm decoder, resampling) or norm_weighted_l1."""
+    """tied_l1, l1 (unit norm, resampling), norm_weighted_l1, topk, batch_topk or jumprelu."""
     ratios: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     """Dictionary sizes as multiples of the layer's width."""
     target_l0: tuple[float, ...] = (30.0,)
-    """Mean active features per token to steer each SAE to. Ignored where l1_coeffs is given."""
+    """Mean active features per token to steer each SAE to (the k of topk and batch_topk).
+    Ignored where l1_coeffs is given."""
     l1_coeffs: tuple[float, ...] = ()
-    """Fixed sparsity coefficients instead of target_l0 (squared error summed over d_in)."""
+    """Fixed coefficients of the sparsity penalty (an L1 norm; jumprelu: L0) instead of target_l0;
+    the squared error beside it is summed over d_in."""
     seed: tuple[int, ...] = (0,)
     """Seeds of the SAEs' initial weights."""
     data_seed: int = 0
@@ -85,7 +87,8 @@ class RunConfig:
     n_resamples: int = 2
     """How often dead features of the l1 architecture are resampled, in the first half."""
     dead_after_tokens: int = 100_000
-    """During training, a feature silent for this many tokens is shown as dead."""
+    """During training, a feature silent for this many tokens counts as dead: it is shown as such,
+    may be resampled (l1) and learns from AuxK (topk, batch_topk)."""
     step: Literal["auto", "reference"] = "auto"
     """Training step: the fastest exact one for the device, or plain autograd."""
 

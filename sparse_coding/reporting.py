@@ -16,10 +16,10 @@ from sparse_coding.errors import UserError
 from sparse_coding.harvest import hook_width
 from sparse_coding.metrics import dead_upper_bound
 from sparse_coding.models import LanguageModel
-from sparse_coding.runs import Run
+from sparse_coding.runs import Run, check_memory
 from sparse_coding.storage import fingerprint, read_json, write_json
 from sparse_coding.text import Card, CardRow, Text
-from sparse_coding.training import SAESpec
+from sparse_coding.training import SAESpec, training_bytes
 
 COLUMNS = {
     "l0": "{:.1f}",
@@ -170,11 +170,13 @@ def print_card(text: Text, lm: LanguageModel, folder: Path) -> None:
 
 
 def print_plan(run: Run, lm: LanguageModel, specs: list[SAESpec]) -> None:
-    """What is about to happen, before it does."""
+    """What is about to happen, before it does; `UserError` if it does not fit into memory."""
     cfg = run.cfg
     n_steps = cfg.n_tokens * cfg.n_epochs // cfg.batch_tokens
     widths = {hook_name: hook_width(lm, hook_name) for hook_name in cfg.hook_name}
     n_parameters = sum(2 * spec.ratio * d * d for d in widths.values() for spec in specs)
+    autograd = cfg.step == "reference" or lm.device.type != "cpu"
+    memory = sum(training_bytes(specs, d, cfg.batch_tokens, autograd) for d in widths.values())
     cache = cache_bytes(cfg.n_tokens, widths, getattr(torch, cfg.cache_dtype)) if cfg.cache else 0
     dtype = str(lm.dtype).removeprefix("torch.")
     lines = {
@@ -183,9 +185,10 @@ def print_plan(run: Run, lm: LanguageModel, specs: list[SAESpec]) -> None:
         "text": f"{cfg.text}, contexts of {cfg.context_length} tokens",
         "tokens": f"{cfg.n_tokens:,} x {cfg.n_epochs} = {n_steps:,} steps of {cfg.batch_tokens:,}",
         "SAEs": f"{len(specs) * len(widths)}: {specs[0].name} ... {specs[-1].name}",
-        "memory": f"{12e-9 * n_parameters:.2f} GB for {n_parameters / 1e6:.1f}M weights and Adam",
+        "memory": f"{memory / 1e9:.2f} GB to train {n_parameters / 1e6:.1f}M parameters",
         "disk": f"{cache / 1e9:.2f} GB of activations" if cfg.cache else "no activation cache",
         "output": str(run.folder),
     }
     for key, value in lines.items():
         print(f"{key:>8}  {value}")
+    check_memory(memory, lm.device)

@@ -7,6 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import psutil
+import torch
+
 from sparse_coding.config import RunConfig, as_json, environment
 from sparse_coding.errors import UserError
 from sparse_coding.storage import atomic_path, read_json, write_json
@@ -110,6 +113,22 @@ class Run:
         ]
         with atomic_path(self.metrics) as temporary:
             temporary.write_text("".join(kept), encoding="utf-8")
+
+
+def check_memory(n_bytes: int, device: torch.device) -> None:
+    """`UserError` unless so much memory is available on the device (unknown on MPS)."""
+    if device.type == "cuda":
+        available = torch.cuda.mem_get_info(device)[0]
+    elif device.type == "cpu":
+        available = psutil.virtual_memory().available
+    else:
+        return
+    if n_bytes > available:
+        raise UserError(
+            f"training needs about {n_bytes / 1e9:.1f} GB of memory and {available / 1e9:.1f} GB "
+            f"are available on {device}: train fewer or smaller SAEs at once (--ratios, "
+            "--target-l0, --seed, --hook-name)"
+        )
 
 
 def default_name(cfg: RunConfig) -> str:

@@ -18,12 +18,16 @@ from torch import Tensor
 
 from sparse_coding.config import RunConfig
 from sparse_coding.errors import UserError
-from sparse_coding.kernels import StepStatistics, make_adam, make_step
+from sparse_coding.kernels import StepStatistics, make_adam, make_step, set_lr
+from sparse_coding.l0_controller import L0Controller
 from sparse_coding.sae import ARCHITECTURES, SAE
 
 
 class SAESpec(NamedTuple):
-    """One SAE of the ladder. Exactly one of `l1_coeff` and `target_l0` is set."""
+    """One SAE of the ladder. Exactly one of `l1_coeff` and `target_l0` is set.
+
+    `target_l0` is the `k` of classes that choose their sparsity (`SAE.sparsity_is_chosen`).
+    """
 
     architecture: str
     ratio: int
@@ -69,48 +73,6 @@ class TrainingConfig:
         return self.n_steps // (2 * self.n_resamples) if self.n_resamples else 0
 
 
-class L0Controller:
-    """Moves l1_coeff until the mean L0 equals a target, on the device, without a sync.
-
-    A proportional-integral controller of log(l1_coeff) on the error log(L0 / target) of a smoothed
-    L0, clipped to one e-fold. At a given stage of training L0 falls roughly as l1_coeff^-1.5 and
-    takes tens of steps to settle; the proportional part answers at once and damps the swing that
-    the integral alone has. While an SAE improves, the coefficient that keeps its L0 falls by about
-    an e-fold over the run; the integral trails such a ramp by (e-folds / `integral_range`), so
-    longer runs are steered more gently and equally exactly. The constants were chosen on a toy of
-    20 planted features, where targets are met within 3 % in 600 steps.
-    """
-
-    smoothing_steps = 8
-    integral_range = 40.0
-    largest_integral_gain = 0.06
-    proportional_gain = 1.0
-
-    def __init__(self, target_l0: float, n_steps: int, device: torch.device) -> None:
-        self.integral_gain = min(self.integral_range / n_steps, self.largest_integral_gain)
-        self.log_target = torch.tensor(target_l0, device=device).log()
-        self.log_integral = torch.zeros((), device=device)
-        self.error = torch.zeros((), device=device)
-        self.l0 = torch.tensor(float("nan"), device=device)
-
-    def update(self, l0: Float[Tensor, ""]) -> None:
-        """Take in the L0 of one batch."""
-        self.l0.copy_(torch.where(self.l0.isnan(), l0, self.l0.lerp(l0, 1 / self.smoothing_steps)))
-        self.error.copy_((self.l0.clamp(min=1e-3).log() - self.log_target).clamp(-1.0, 1.0))
-        self.log_integral += self.integral_gain * self.error
-
-    def l1_coeff(self) -> Float[Tensor, ""]:
-        """The coefficient for the next step."""
-        return (self.log_integral + self.proportional_gain * self.error).exp()
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {
-            "controller.log_integral": self.log_integral,
-            "controller.error": self.error,
-            "controller.l0": self.l0,
-        }
-
-
 def accumulator_dtype(device: torch.device) -> torch.dtype:
     """What sums are kept in: float64, but float32 on MPS, which has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
@@ -126,26 +88,29 @@ class Lane:
         self.run_step = make_step(sae, self.optimizer, cfg.step)
         self.tokens_since_fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
         dtype = accumulator_dtype(device)
-        self.sums = torch.zeros(3, dtype=dtype, device=device)  # mse, l1, l0
+        self.sums = torch.zeros(3, dtype=dtype, device=device)  # mse, penalty, l0
         self.controller = (
-            None if spec.target_l0 is None else L0Controller(spec.target_l0, cfg.n_steps, device)
+            None
+            if spec.target_l0 is None or sae.sparsity_is_chosen
+            else L0Controller(spec.target_l0, cfg.n_steps, device)
         )
 
     def l1_coeff(self, sparsity: float) -> Float[Tensor, ""]:
         if self.controller is not None:
             return self.controller.l1_coeff()
-        return torch.tensor(self.spec.l1_coeff * sparsity, device=self.sae.W_dec.device)
+        return torch.tensor((self.spec.l1_coeff or 0.0) * sparsity, device=self.sae.W_dec.device)
 
     def step(self, x: Float[Tensor, "batch d_in"], lr: float, sparsity: float) -> None:
-        self.optimizer.param_groups[0]["lr"] = lr
-        statistics = self.run_step(x, self.l1_coeff(sparsity))
+        set_lr(self.optimizer, lr)
+        dead = self.tokens_since_fired >= self.cfg.dead_after_tokens
+        statistics = self.run_step(x, self.l1_coeff(sparsity), dead)
         self._count(statistics, len(x))
 
     def _count(self, statistics: StepStatistics, batch_tokens: int) -> None:
         l0 = statistics.n_active.sum() / batch_tokens
         if self.controller is not None:
             self.controller.update(l0)
-        self.sums += torch.stack([statistics.mse, statistics.l1, l0])
+        self.sums += torch.stack([statistics.mse, statistics.penalty, l0])
         self.tokens_since_fired += batch_tokens
         self.tokens_since_fired.masked_fill_(statistics.n_active > 0, 0)
 
@@ -153,14 +118,16 @@ class Lane:
     def resample_dead(self, pool: Float[Tensor, "n d_in"], step: int) -> None:
         """Point silent features at badly reconstructed inputs (Towards Monosemanticity, appendix).
 
-        Silent: no activation over the last half of a resampling interval. Inputs are drawn from
+        Silent: no activation over the last half of a resampling interval, and for at least
+        `dead_after_tokens`. Inputs are drawn from
         `pool` with probability proportional to their squared loss; the decoder row becomes the
         input's unit direction, the encoder the same at 0.2 of the mean norm of the living, and
         their Adam state is forgotten. Differences: the direction is that of x - b_dec, and the
         bias makes the feature fire on its share of the pool (paper: 0, i.e. on about half).
         """
         silent_tokens = self.cfg.resample_interval // 2 * self.cfg.batch_tokens
-        dead = self.tokens_since_fired >= silent_tokens
+        # In a short run half an interval is too few tokens to call a rare feature dead.
+        dead = self.tokens_since_fired >= max(silent_tokens, self.cfg.dead_after_tokens)
         features = dead.nonzero().flatten()
         if len(features) == 0 or len(features) == self.sae.d_sae:
             return
@@ -190,7 +157,7 @@ class Lane:
 
     def metrics(self, n_steps: int, variance: float, step: int) -> dict[str, Any]:
         """Means over `n_steps` in scaled units, and a reset of the sums. Waits for the device."""
-        mse, l1, l0 = (self.sums / n_steps).tolist()
+        mse, penalty, l0 = (self.sums / n_steps).tolist()
         self.sums.zero_()
         dead = self.tokens_since_fired >= min(
             self.cfg.dead_after_tokens, step * self.cfg.batch_tokens
@@ -202,7 +169,7 @@ class Lane:
             "l0": l0,
             "fvu": mse / variance if variance else float("nan"),
             "mse": mse,
-            "l1": l1,
+            "penalty": penalty,
             "l1_coeff": self.l1_coeff(self.cfg.sparsity_at(step - 1)).item(),
             "lr": self.optimizer.param_groups[0]["lr"],
             "dead_fraction": dead.float().mean().item(),
@@ -214,6 +181,7 @@ class Lane:
         for name, parameter in self.sae.named_parameters():
             for key, value in self.optimizer.state[parameter].items():
                 named[f"adam.{key}.{name}"] = value
+        named |= {f"buffer.{name}": value for name, value in self.sae.named_buffers()}
         named |= {"tokens_since_fired": self.tokens_since_fired, "sums": self.sums}
         if self.controller is not None:
             named |= self.controller.tensors()
@@ -234,9 +202,14 @@ class Trainer:
         self,
         specs: list[SAESpec],
         cfg: TrainingConfig,
-        sample: Float[Tensor, "n d_in"],
+        sample: Tensor,
         prefix: str = "",
     ) -> None:
+        if sample.ndim != 2 or not sample.is_floating_point():
+            raise UserError(
+                f"activations of shape {tuple(sample.shape)} and {sample.dtype} cannot be learnt "
+                "from; they must be (n, d_in) floating-point numbers"
+            )
         mean_square_norm = sample.square().sum(dim=1).mean().item()
         if not 0 < mean_square_norm < float("inf"):
             raise UserError(
@@ -253,28 +226,55 @@ class Trainer:
         dtype = accumulator_dtype(sample.device)
         self.variance_sum = torch.zeros((), dtype=dtype, device=sample.device)
         self.n_steps_summed = 0
+        self.first_bad = torch.full((2,), -1, dtype=torch.int64, device=sample.device)
         self.pool: list[Tensor] = []
 
     def _make_lane(self, prefix: str, spec: SAESpec, sample: Float[Tensor, "n d_in"]) -> Lane:
         generator = torch.Generator().manual_seed(spec.seed)
         d_in = sample.shape[1]
-        sae = ARCHITECTURES[spec.architecture](d_in, spec.ratio * d_in, generator)
-        sae = sae.to(sample.device)
+        cls = ARCHITECTURES[spec.architecture]
+        k = {"k": round(spec.target_l0)} if cls.sparsity_is_chosen else {}
+        sae = cls(d_in, spec.ratio * d_in, generator, **k).to(sample.device)
         sae.initialise_centre(self.mean)
         sae.initialise_sparsity(sample, self.cfg.initial_l0)
         return Lane(prefix + spec.name, spec, sae, self.cfg)
 
     def step(self, x: Float[Tensor, "batch d_in"]) -> None:
-        """One optimizer step of every SAE on raw activations."""
+        """One optimizer step of every SAE on raw activations.
+
+        `UserError` if they hold NaN or infinity: on a CPU before any SAE has learnt from them, on
+        a GPU with the next `metrics()` or `state_dict()`, so that no checkpoint is spoilt.
+        """
         x = x * self.scale
+        square_norm = (x - self.mean).square().sum(dim=1)
+        self._note_bad_rows(square_norm)
         lr = self.cfg.lr_at(self.n_steps_done)
         sparsity = self.cfg.sparsity_at(self.n_steps_done)
         for lane in self.lanes:
             lane.step(x, lr, sparsity)
-        self.variance_sum += (x - self.mean).square().sum(dim=1).mean()
+        self.variance_sum += square_norm.mean()
         self.n_steps_summed += 1
         self.n_steps_done += 1
         self._resample_when_due(x)
+
+    def _note_bad_rows(self, square_norm: Float[Tensor, " batch"]) -> None:
+        is_bad = ~square_norm.isfinite()
+        row = is_bad.int().argmax()
+        here = torch.stack([torch.full_like(row, self.n_steps_done), row])
+        is_first = is_bad.any() & (self.first_bad[0] < 0)
+        self.first_bad.copy_(torch.where(is_first, here, self.first_bad))
+        if square_norm.device.type == "cpu":
+            self._refuse_bad_rows()
+
+    def _refuse_bad_rows(self) -> None:
+        step, row = self.first_bad.tolist()
+        if step >= 0:
+            position = step * self.cfg.batch_tokens + row
+            raise UserError(
+                f"step {step + 1}: row {row} of the batch (activation {position:,} in the order "
+                "of training) holds NaN or infinity; look at the model, its dtype and the cache. "
+                "The last checkpoint is good"
+            )
 
     def _resample_when_due(self, x: Float[Tensor, "batch d_in"]) -> None:
         interval = self.cfg.resample_interval
@@ -292,6 +292,7 @@ class Trainer:
 
     def metrics(self) -> list[dict[str, Any]]:
         """One row per SAE, averaged over the steps since the last call. Waits for the device."""
+        self._refuse_bad_rows()
         n = max(1, self.n_steps_summed)
         variance = self.variance_sum.item() / n
         rows = [lane.metrics(n, variance, self.n_steps_done) for lane in self.lanes]
@@ -335,6 +336,7 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that the rest of the run depends on, as named tensors."""
+        self._refuse_bad_rows()
         state = {
             "n_steps_done": torch.tensor(self.n_steps_done),
             "scale": torch.tensor(self.scale, dtype=torch.float64),
@@ -370,10 +372,39 @@ class Trainer:
         self.pool = [] if pool is None else [pool.to(self.mean.device)]
 
 
+def training_bytes(specs: Sequence[SAESpec], d_in: int, batch_tokens: int, autograd: bool) -> int:
+    """About what training a ladder takes at its peak: weights, Adam, gradients, one step's arrays.
+
+    An upper estimate. The fast CPU step holds one SAE's two gradients at a time and chunks of
+    fixed size beside them, autograd every SAE's gradients and some six (batch, d_sae) arrays.
+    """
+    n_parameters = [2 * spec.ratio * d_in * d_in for spec in specs]
+    largest = max(spec.ratio * d_in for spec in specs)
+    if autograd:
+        return 16 * sum(n_parameters) + 24 * batch_tokens * largest
+    return 12 * sum(n_parameters) + 6 * max(n_parameters) + 2**28
+
+
 def training_config(cfg: RunConfig, n_steps: int) -> TrainingConfig:
     """The part of a run's configuration that the trainer needs."""
     names = {field.name for field in dataclasses.fields(TrainingConfig)} - {"n_steps"}
     return TrainingConfig(n_steps, **{name: getattr(cfg, name) for name in names})
+
+
+def _refuse_unless_l0_is_whole(
+    architecture: str, l1_coeffs: Sequence[float], target_l0: Sequence[float]
+) -> None:
+    if l1_coeffs:
+        raise UserError(
+            f"--architecture {architecture} has no coefficient; give --target-l0 (its k) instead "
+            "of --l1-coeffs"
+        )
+    broken = [target for target in target_l0 if target < 1 or target != round(target)]
+    if broken:
+        raise UserError(
+            f"--target-l0 {broken[0]:g} is not possible for --architecture {architecture}; its k "
+            "must be a whole number"
+        )
 
 
 def ladder(
@@ -390,6 +421,8 @@ def ladder(
                 f"--architecture {architecture} is unknown; "
                 f"it must be one of: {', '.join(ARCHITECTURES)}"
             )
+        if ARCHITECTURES[architecture].sparsity_is_chosen:
+            _refuse_unless_l0_is_whole(architecture, l1_coeffs, target_l0)
     sparsities = [(c, None) for c in l1_coeffs] or [(None, t) for t in target_l0]
     return [
         SAESpec(architecture, ratio, l1_coeff, target, seed)

@@ -18,13 +18,19 @@ BATCH, D_IN, D_SAE = 7, 12, 20
 L1_COEFF = torch.tensor(0.3)
 
 
+K = {"k": 6}
+
+
 def make_sae(architecture: str) -> SAE:
     """An SAE away from its start, where ties and zero biases could hide a mistake."""
     generator = torch.Generator().manual_seed(4)
-    sae = ARCHITECTURES[architecture](D_IN, D_SAE, generator)
+    cls = ARCHITECTURES[architecture]
+    sae = cls(D_IN, D_SAE, generator, **(K if cls.sparsity_is_chosen else {}))
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+        if architecture == "batch_topk":
+            sae.threshold.fill_(0.7)
     sae.normalise()
     return sae
 
@@ -132,15 +138,22 @@ def test_an_sae_depends_on_its_generator_only(sae):
 
 
 def test_the_losses_parts_add_up(sae, x):
-    loss = sae.loss(x, L1_COEFF)
-    torch.testing.assert_close(loss.total, loss.mse + L1_COEFF * loss.l1)
-    assert torch.equal(loss.f, sae.encode(x))
+    loss = sae.loss(x, L1_COEFF, dead=torch.arange(D_SAE) < 9)
+    coefficient = sae.aux_coeff if sae.sparsity_is_chosen else L1_COEFF
+    torch.testing.assert_close(loss.total, loss.mse + coefficient * loss.penalty)
+    assert loss.penalty > 0
+    if sae.name == "batch_topk":  # it trains with the batch's own threshold
+        assert loss.f.count_nonzero() == K["k"] * BATCH != sae.encode(x).count_nonzero()
+    else:
+        assert torch.equal(loss.f, sae.encode(x))
 
 
 def test_the_loss_is_a_mean_over_the_batch(sae, x):
     sae, x = sae.double(), x.double()
-    per_row = torch.stack([sae.loss(row[None], L1_COEFF.double()).total for row in x])
-    torch.testing.assert_close(sae.loss(x, L1_COEFF.double()).total, per_row.mean())
+    dead = torch.arange(D_SAE) < 9
+    per_row = torch.stack([sae.loss(row[None], L1_COEFF.double(), dead).total for row in x])
+    is_mean = torch.isclose(sae.loss(x, L1_COEFF.double(), dead).total, per_row.mean())
+    assert is_mean == (sae.name != "batch_topk")  # the batch shares its k
 
 
 def test_every_parameter_gets_a_gradient_from_the_loss(sae, x):

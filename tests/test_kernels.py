@@ -23,11 +23,16 @@ def make_sae(
 ) -> tuple[SAE, torch.Tensor]:
     """An SAE away from its symmetric start, firing about `density` of the time, and a batch."""
     generator = torch.Generator().manual_seed(d_in + d_sae)
-    sae = ARCHITECTURES[architecture](d_in, d_sae, generator)
+    cls = ARCHITECTURES[architecture]
+    k = {"k": max(1, round(density * d_sae))} if cls.sparsity_is_chosen else {}
+    sae = cls(d_in, d_sae, generator, **k)
     x = 1.0 + torch.randn(77, d_in, generator=generator)
     with torch.no_grad():
         if architecture != "tied_l1":
             sae.W_enc += 0.3 * sae.W_enc.std() * torch.randn(sae.W_enc.shape, generator=generator)
+        if architecture == "jumprelu":
+            sae.bandwidth = 0.3  # wide enough that some entries teach their threshold
+            sae.threshold += 0.5 * torch.rand(d_sae, generator=generator)
         sae.b_dec.copy_(0.5 + torch.rand(d_in, generator=generator))
         sae.b_enc -= sae.pre_activations(x).quantile(1 - density, dim=0)
         # The quantile is a row's own pre-activation: away from it, or rounding decides the sign.
@@ -55,7 +60,8 @@ def difference(a: Step, b: Step) -> float:
 @ARCHITECTURE
 @pytest.mark.parametrize("density", [1.0, 0.5, 0.1, 0.01])
 @pytest.mark.parametrize(("d_in", "d_sae"), [(48, 200), (513, 131)])
-def test_a_float64_step_has_autograds_gradients(architecture, density, d_in, d_sae):
+def test_a_float64_step_has_autograds_gradients(monkeypatch, architecture, density, d_in, d_sae):
+    monkeypatch.setattr(cpu_screen, "CHUNK_BYTES", 0)  # the smallest chunks: 64 of 77 tokens
     sae, x = make_sae(architecture, d_in, d_sae, density, torch.float64)
     expected, fast = twin_steps(sae, ReferenceStep, CPUStep)
     l1_coeff = torch.tensor(0.7, dtype=torch.float64)
@@ -63,9 +69,68 @@ def test_a_float64_step_has_autograds_gradients(architecture, density, d_in, d_s
     # After one step from zero, Adam's first moment is the (projected) gradient times 0.1.
     assert difference(expected, fast) < 1e-10
     torch.testing.assert_close(statistics[1].mse, statistics[0].mse, rtol=1e-12, atol=0)
-    torch.testing.assert_close(statistics[1].l1, statistics[0].l1, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        statistics[1].penalty, statistics[0].penalty, rtol=1e-12, atol=1e-12
+    )
     assert torch.equal(statistics[1].n_active, statistics[0].n_active)
     assert statistics[1].n_active[::DEAD].sum() == 0
+
+
+def without_dense_steps(monkeypatch):
+    """Let every step that is not sparse fail."""
+
+    def fail(*arguments):
+        raise AssertionError("the step is dense")
+
+    monkeypatch.setattr(CPUStep, "_dense_step", fail)
+    monkeypatch.setattr(cpu, "ReferenceStep", lambda *arguments: fail)
+
+
+@ARCHITECTURE
+def test_a_sparse_batch_takes_a_sparse_step(monkeypatch, architecture):
+    without_dense_steps(monkeypatch)
+    sae, x = make_sae(architecture, 48, 200, 0.04, torch.float32)
+    (step,) = twin_steps(sae, CPUStep)
+    assert step(x, torch.tensor(0.7)).n_active.sum() > 0
+    with torch.no_grad():
+        step.sae.b_enc -= 1e3
+    assert step(x, torch.tensor(0.7)).n_active.sum() == 0  # silence is sparse too
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk"])
+@pytest.mark.parametrize("n_dead", [3, 60])  # fewer and more than AuxK lets speak at once
+def test_auxks_gradients_are_autograds(monkeypatch, architecture, n_dead):
+    without_dense_steps(monkeypatch)
+    monkeypatch.setattr(cpu_screen, "CHUNK_BYTES", 0)
+    sae, x = make_sae(architecture, 48, 200, 0.05, torch.float64)
+    sae.b_enc.data[::DEAD] = 0.0
+    dead = torch.zeros(200, dtype=torch.bool)
+    dead[torch.randperm(200, generator=torch.Generator().manual_seed(1))[:n_dead]] = True
+    expected, fast = twin_steps(sae, ReferenceStep, CPUStep)
+    statistics = [step(x, torch.tensor(0.0), dead) for step in (expected, fast)]
+    assert difference(expected, fast) < 1e-10
+    assert (expected.sae.W_dec - sae.W_dec)[dead].norm(dim=1).min() > 0
+    torch.testing.assert_close(statistics[1].penalty, statistics[0].penalty, rtol=1e-12, atol=0)
+    assert statistics[0].penalty > 0
+
+
+def test_batch_topk_learns_the_references_threshold():
+    sae, x = make_sae("batch_topk", 48, 200, 0.05, torch.float64)
+    expected, fast = twin_steps(sae, ReferenceStep, CPUStep)
+    for step in (expected, fast):
+        for n_rows in (77, 30, 1):
+            step(x[:n_rows], torch.tensor(0.0))
+    assert expected.sae.threshold > 0
+    torch.testing.assert_close(fast.sae.threshold, expected.sae.threshold, rtol=1e-12, atol=0)
+
+
+def test_batch_topk_is_exact_when_the_sampled_tokens_mislead_it():
+    sae, x = make_sae("batch_topk", 48, 200, 0.05, torch.float64)
+    x[:: -(-len(x) // 16)] *= 30  # the tokens that the first guess of its threshold looks at
+    expected, fast = twin_steps(sae, ReferenceStep, CPUStep)
+    statistics = [step(x, torch.tensor(0.0)) for step in (expected, fast)]
+    assert torch.equal(statistics[0].n_active, statistics[1].n_active)
+    assert difference(expected, fast) < 1e-10
 
 
 @ARCHITECTURE
@@ -135,6 +200,30 @@ def test_the_screen_misses_nothing(monkeypatch, screen_dtype, is_adversarial):
     assert torch.equal(brute_force(x, torch.tensor(0.7)).n_active, statistics.n_active)
     assert torch.equal(statistics.n_active, (pre > 0).sum(dim=0))
     assert difference(screened, brute_force) == 0
+
+
+# TopK's 70 of 500 are so many that each feature is a block of its own, and no block's slack helps.
+@pytest.mark.parametrize(
+    ("architecture", "density"), [("topk", 0.14), ("batch_topk", 0.05), ("jumprelu", 0.05)]
+)
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+def test_rounding_in_the_screen_chooses_no_other_entries(
+    monkeypatch, architecture, density, scale
+):
+    without_dense_steps(monkeypatch)
+    sae, x = make_sae(architecture, 48, 500, density, torch.float32)
+    x[:, :3] *= scale
+    with torch.no_grad():
+        sae.W_enc *= torch.logspace(-1, 1, 500)
+        sae.b_enc.normal_(generator=torch.Generator().manual_seed(2))
+        if architecture == "jumprelu":
+            sae.threshold.copy_(sae.pre_activations(x).quantile(0.9, dim=0).clamp(min=0.1))
+        exact = copy.deepcopy(sae).double()
+        f = exact.encode(x.double())
+        if architecture == "batch_topk":
+            f = exact.select(exact.pre_activations(x.double()))
+    (step,) = twin_steps(sae, lambda *a: CPUStep(*a, screen_dtype=torch.bfloat16))
+    assert torch.equal(step(x, torch.tensor(0.7)).n_active, f.count_nonzero(dim=0))
 
 
 LOSES, GAINS = 1 + 2**-8 - 2**-12, 1 + 2**-8 + 2**-12

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 
+import psutil
 import pytest
 import torch
 
@@ -18,7 +19,7 @@ from sparse_coding.checkpoint import (
 )
 from sparse_coding.config import RunConfig
 from sparse_coding.errors import UserError
-from sparse_coding.runs import Run, default_name, run_settings
+from sparse_coding.runs import Run, check_memory, default_name, run_settings
 from sparse_coding.storage import atomic_path
 
 
@@ -188,3 +189,11 @@ def test_files_are_as_readable_as_the_umask_says(tmp_path):
     finally:
         os.umask(before)
     assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_plan_that_does_not_fit_into_memory_is_refused_with_both_numbers():
+    available = psutil.virtual_memory().available
+    check_memory(available // 2, torch.device("cpu"))
+    line = r"needs about 1000.0 GB of memory and \d+\.\d GB are available on cpu: train fewer"
+    with pytest.raises(UserError, match=line):
+        check_memory(10**12, torch.device("cpu"))

@@ -17,6 +17,9 @@ from sparse_coding.sae import ARCHITECTURES, L1SAE, SAE, NormWeightedL1SAE, Tied
 BATCH, D_IN, D_SAE, L1_COEFF = 7, 12, 20, 0.7
 
 
+K = 6
+
+
 class Weights(NamedTuple):
     """An SAE's parameters in the papers' orientation: one feature per encoder row."""
 
@@ -24,6 +27,7 @@ class Weights(NamedTuple):
     decoder: np.ndarray  # (d_in, d_sae)
     b_enc: np.ndarray
     b_dec: np.ndarray
+    threshold: np.ndarray | None
 
 
 def cunningham_2023(w, x):
@@ -44,16 +48,47 @@ def conerly_2024(w, x):
     return f, w.decoder @ f + w.b_dec, sum(f * np.sqrt((w.decoder**2).sum(axis=0)))
 
 
-PAPERS = {"tied_l1": cunningham_2023, "l1": bricken_2023, "norm_weighted_l1": conerly_2024}
+def gao_2024(w, x):
+    """z = ReLU(TopK(W_enc (x - b_pre) + b_enc)), x_hat = W_dec z + b_pre; no penalty."""
+    pre = w.encoder @ (x - w.b_dec) + w.b_enc
+    z = np.zeros(len(pre))
+    for i in sorted(range(len(pre)), key=lambda i: -pre[i])[:K]:
+        z[i] = max(pre[i], 0)
+    return z, w.decoder @ z + w.b_dec, 0.0
+
+
+def rajamanoharan_2024(w, x):
+    """f = pi * H(pi - theta), pi = W_enc x + b_enc, x_hat = W_dec f + b_dec, lambda ||f||_0."""
+    pre = w.encoder @ x + w.b_enc
+    f = np.where(pre > w.threshold, pre, 0)
+    return f, w.decoder @ f + w.b_dec, (pre > w.threshold).sum()
+
+
+PAPERS = {
+    "tied_l1": cunningham_2023,
+    "l1": bricken_2023,
+    "norm_weighted_l1": conerly_2024,
+    "topk": gao_2024,
+    "jumprelu": rajamanoharan_2024,
+}
+L1_FAMILY = ("tied_l1", "l1", "norm_weighted_l1")
+
+
+def new_sae(architecture: str, seed: int, d_in: int = D_IN, d_sae: int = D_SAE, k: int = K) -> SAE:
+    cls = ARCHITECTURES[architecture]
+    generator = torch.Generator().manual_seed(seed)
+    return cls(d_in, d_sae, generator, **({"k": k} if cls.sparsity_is_chosen else {}))
 
 
 def make_sae(architecture: str) -> SAE:
     generator = torch.Generator().manual_seed(8)
-    sae = ARCHITECTURES[architecture](D_IN, D_SAE, generator).double()
+    sae = new_sae(architecture, 8).double()
     with torch.no_grad():
         for parameter in sae.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter += 0.3 * noise
+        if architecture == "batch_topk":
+            sae.threshold.fill_(0.9)
     sae.normalise()
     return sae
 
@@ -79,19 +114,22 @@ def set_parameters(sae, **values):
 # The papers' formulas.
 
 
-def test_encode_decode_and_loss_are_the_papers(sae, x):
+@pytest.mark.parametrize("architecture", list(PAPERS))
+def test_encode_decode_and_loss_are_the_papers(architecture, x):
+    sae = make_sae(architecture)
     tensors = (sae.W_enc.T, sae.W_dec.T, sae.b_enc, sae.b_dec)
-    weights = Weights(*(tensor.detach().numpy() for tensor in tensors))
+    threshold = sae.threshold.detach().numpy() if architecture == "jumprelu" else None
+    weights = Weights(*(tensor.detach().numpy() for tensor in tensors), threshold)
     rows = [PAPERS[sae.name](weights, row) for row in x.numpy()]
-    f, x_hat, l1 = (np.stack(parts) for parts in zip(*rows, strict=True))
+    f, x_hat, penalty = (np.stack(parts) for parts in zip(*rows, strict=True))
     mse = np.mean([np.sum((row - hat) ** 2) for row, hat in zip(x.numpy(), x_hat, strict=True)])
     loss = sae.loss(x, L1_COEFF)
     for ours, theirs in [
         (sae.encode(x), f),
         (sae(x), x_hat),
         (loss.mse, mse),
-        (loss.l1, l1.mean()),
-        (loss.total, mse + L1_COEFF * l1.mean()),
+        (loss.penalty, penalty.mean()),
+        (loss.total, mse + L1_COEFF * penalty.mean()),
     ]:
         np.testing.assert_allclose(ours.detach().numpy(), theirs, rtol=1e-12, atol=1e-12)
 
@@ -107,7 +145,7 @@ def test_a_centred_case_worked_by_hand(cls):
     torch.testing.assert_close(sae(x), torch.tensor([[4.08, 1.94], [1.0, -1.0]]))
     # Errors (-1.08, -0.94) and (0, -2): squares 2.05 and 4. Features sum to 5.3 and 0.
     expected = torch.tensor([3.025, 2.65, 3.025 + 0.4 * 2.65])
-    torch.testing.assert_close(torch.stack([loss.mse, loss.l1, loss.total]), expected)
+    torch.testing.assert_close(torch.stack([loss.mse, loss.penalty, loss.total]), expected)
 
 
 def test_a_norm_weighted_case_worked_by_hand():
@@ -124,7 +162,68 @@ def test_a_norm_weighted_case_worked_by_hand():
     torch.testing.assert_close(sae(x), torch.tensor([[7.8, 10.0], [1.0, -1.0]]))
     # Errors (-4.8, -9) and (0, -2): squares 104.04 and 4. Weighted features 10 + 3 + 0.8 and 0.
     expected = torch.tensor([54.02, 6.9, 54.02 + 0.4 * 6.9])
-    torch.testing.assert_close(torch.stack([loss.mse, loss.l1, loss.total]), expected)
+    torch.testing.assert_close(torch.stack([loss.mse, loss.penalty, loss.total]), expected)
+
+
+def test_batch_topk_keeps_the_largest_of_the_whole_batch_and_encodes_by_its_threshold(x):
+    sae = make_sae("batch_topk")
+    pre = np.maximum((x - sae.b_dec).detach().numpy() @ sae.W_enc.detach().numpy(), -np.inf)
+    pre = pre + sae.b_enc.detach().numpy()
+    edge = sorted(pre.flatten(), reverse=True)[K * BATCH - 1]
+    assert edge > 0
+    expected = np.where(pre >= edge, pre, 0)
+    np.testing.assert_allclose(sae.loss(x).f.detach().numpy(), expected, rtol=1e-12, atol=1e-12)
+    n_per_row = (expected > 0).sum(axis=1)
+    assert n_per_row.min() < K < n_per_row.max()
+    np.testing.assert_allclose(
+        sae.encode(x).detach().numpy(), np.where(pre > 0.9, pre, 0), rtol=1e-12, atol=1e-12
+    )
+
+
+def test_batch_topks_threshold_follows_the_smallest_activations_of_its_batches():
+    sae = new_sae("batch_topk", 1)
+    sae.observe(torch.tensor([[0.0, 3.0], [2.0, 0.0]]))
+    assert sae.threshold == 2.0
+    sae.observe(torch.tensor([4.0, 7.0]))
+    assert sae.threshold.item() == pytest.approx(2.2)
+    sae.observe(torch.zeros(3))
+    sae.observe(torch.zeros(0))
+    assert sae.threshold.item() == pytest.approx(2.2)
+
+
+def test_auxk_decodes_the_error_by_the_largest_dead_features(x):
+    sae = make_sae("topk")
+    dead = torch.zeros(D_SAE, dtype=torch.bool)
+    dead[[1, 4, 5, 8, 9, 13, 16, 17, 19]] = True  # 9 dead; the d_in / 2 = 6 largest may speak
+    W_enc, W_dec = sae.W_enc.detach().numpy(), sae.W_dec.detach().numpy()
+    squares = []
+    for row, f in zip(x.numpy(), sae.encode(x).detach().numpy(), strict=True):
+        error = row - f @ W_dec - sae.b_dec.detach().numpy()
+        pre = (row - sae.b_dec.detach().numpy()) @ W_enc + sae.b_enc.detach().numpy()
+        largest = sorted(dead.nonzero().flatten().tolist(), key=lambda i: -pre[i])[:6]
+        error_hat = sum(max(pre[i], 0) * W_dec[i] for i in largest)
+        squares.append(np.sum((error - error_hat) ** 2))
+    loss = sae.loss(x, dead=dead)
+    assert loss.penalty.item() == pytest.approx(np.mean(squares), rel=1e-12)
+    assert loss.total.item() == pytest.approx((loss.mse + loss.penalty / 32).item(), rel=1e-12)
+    assert sae.loss(x, dead=torch.zeros_like(dead)).penalty == 0
+    # The error is a target: living features that are silent here learn nothing from it.
+    (loss.total - loss.mse).backward()
+    assert not sae.W_dec.grad[~dead].any()
+    assert sae.W_dec.grad[dead].any()
+
+
+def test_a_threshold_learns_from_the_entries_near_it_and_no_others():
+    # d loss / d threshold by the paper's equations, for one feature and four tokens by hand.
+    sae = set_parameters(ARCHITECTURES["jumprelu"](1, 1), W_enc=[[1.0]], W_dec=[[1.0]])
+    set_parameters(sae, threshold=[2.0])
+    x = torch.tensor(
+        [[1.4], [1.6], [2.4], [2.6]]
+    )  # bandwidth 1: the second and the third are near
+    sae.loss(x, 0.7).total.backward()
+    # Second: f = 0, error 1.6, d mse / d f = -2 * 1.6 / 4. Third: f = x, no error.
+    expected = -(2.0 * (-2 * 1.6 / 4) + 0.7 / 4) - 0.7 / 4
+    assert sae.threshold.grad.item() == pytest.approx(expected, rel=1e-6)
 
 
 # One coefficient, one meaning.
@@ -185,7 +284,7 @@ def test_the_projected_gradient_is_orthogonal_to_unit_rows(sae, x):
 
 
 def test_every_class_starts_by_encoding_what_is_left_of_the_mean(sae, x):
-    fresh = type(sae)(D_IN, D_SAE, torch.Generator().manual_seed(3)).double()
+    fresh = new_sae(sae.name, 3).double()
     centred = fresh.encode(x - x.mean(dim=0))  # all biases are zero
     fresh.initialise_centre(x.mean(dim=0))
     torch.testing.assert_close(fresh.encode(x), centred, rtol=1e-12, atol=1e-12)
@@ -194,17 +293,21 @@ def test_every_class_starts_by_encoding_what_is_left_of_the_mean(sae, x):
 
 
 @pytest.mark.parametrize(("l0", "n_firing"), [(5.0, 100), (0.2, 4), (1e-9, 1)])
-def test_every_feature_starts_by_firing_on_its_share_of_the_rows(sae, l0, n_firing):
+@pytest.mark.parametrize("architecture", [*L1_FAMILY, "jumprelu"])
+def test_every_feature_starts_by_firing_on_its_share_of_the_rows(architecture, l0, n_firing):
     x = torch.randn(400, D_IN, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    fresh = type(sae)(D_IN, D_SAE, torch.Generator().manual_seed(3)).double()
+    fresh = new_sae(architecture, 3).double()
     fresh.initialise_centre(x.mean(dim=0))
     fresh.initialise_sparsity(x, l0)
-    # The feature at the edge is at zero up to rounding, on either side of it.
-    fires = (fresh.encode(x) > 1e-9).sum(dim=0)
+    # The row at the edge is at zero (or at the threshold) up to rounding, on either side of it.
+    edge = fresh.threshold if architecture == "jumprelu" else 0
+    fires = (fresh.encode(x) > edge + 1e-9).sum(dim=0)
     assert (fires == n_firing).all()
 
 
-def test_starting_sparse_never_raises_a_bias(sae, x):
+@pytest.mark.parametrize("architecture", L1_FAMILY)
+def test_starting_sparse_never_raises_a_bias(architecture, x):
+    sae = make_sae(architecture)
     # Asked to fire on 6 rows of 7, most features would have to be raised: they fire on fewer.
     before, n_firing = sae.b_enc.detach().clone(), (sae.encode(x) > 0).sum(dim=0)
     assert (n_firing < 6).sum() > D_SAE / 2
@@ -213,10 +316,13 @@ def test_starting_sparse_never_raises_a_bias(sae, x):
     assert torch.equal(sae.b_enc[n_firing < 6], before[n_firing < 6])
 
 
-def test_starting_sparse_leaves_the_features_that_were_not_chosen(sae, x):
-    before, chosen = sae.b_enc.detach().clone(), torch.tensor([3, 11])
+@pytest.mark.parametrize("architecture", [*L1_FAMILY, "jumprelu"])
+def test_starting_sparse_leaves_the_features_that_were_not_chosen(architecture, x):
+    sae = make_sae(architecture)
+    edge = sae.threshold if architecture == "jumprelu" else sae.b_enc
+    before, chosen = edge.detach().clone(), torch.tensor([3, 11])
     sae.initialise_sparsity(x, 1.0, chosen)
-    moved = (sae.b_enc != before).nonzero().flatten()
+    moved = (edge != before).nonzero().flatten()
     assert set(moved.tolist()) <= {3, 11}
     assert len(moved) > 0
 
@@ -245,7 +351,7 @@ def test_training_recovers_planted_features_and_a_random_dictionary_does_not(sae
     features = torch.randn(24, 16, generator=generator)
     features /= features.norm(dim=1, keepdim=True)
     x = planted(80_000, features, generator)
-    trained = type(sae)(16, 32, generator)
+    trained = new_sae(sae.name, 1, 16, 32, k=2)
     random = mean_max_cosine(features, trained.W_dec)
     trained.initialise_centre(x.mean(dim=0))
     step = ReferenceStep(trained, make_adam(trained, lr=1e-2))

@@ -41,9 +41,11 @@ def train(trainer, activations, first=0, last=None):
 
 def test_each_sae_of_a_ladder_ends_bitwise_equal_to_the_same_sae_alone(activations):
     specs = [spec(), spec("tied_l1", 1), spec("norm_weighted_l1", 3), spec(seed=1)]
-    together = train(Trainer(specs, config(), activations[:2000]), activations).finished_saes()
+    specs += [spec(name, 2, None, 3.0) for name in ("topk", "batch_topk", "jumprelu")]
+    cfg = config(step="auto", dead_after_tokens=500)
+    together = train(Trainer(specs, cfg, activations[:2000]), activations).finished_saes()
     for one in specs:
-        alone = train(Trainer([one], config(), activations[:2000]), activations).finished_saes()
+        alone = train(Trainer([one], cfg, activations[:2000]), activations).finished_saes()
         for key, value in alone[one.name].state_dict().items():
             assert torch.equal(value, together[one.name].state_dict()[key]), (one.name, key)
 
@@ -51,6 +53,7 @@ def test_each_sae_of_a_ladder_ends_bitwise_equal_to_the_same_sae_alone(activatio
 @pytest.mark.parametrize("broken_at", [7, 29, 31])  # before, within and after a resampling pool
 def test_a_resumed_run_ends_bitwise_equal_to_the_unbroken_one(activations, broken_at):
     specs = [spec(), spec("tied_l1", 1, None, 4.0)]
+    specs += [spec(name, 2, None, 3.0) for name in ("topk", "batch_topk", "jumprelu")]
     unbroken = train(Trainer(specs, config(n_resamples=1), activations[:2000]), activations)
     first = Trainer(specs, config(n_resamples=1), activations[:2000])
     train(first, activations, last=broken_at)
@@ -89,7 +92,7 @@ def test_the_first_step_has_the_initial_l0_asked_for(activations):
     assert trainer.metrics()[0]["l0"] == pytest.approx(5.0, rel=0.1)
 
 
-@pytest.mark.parametrize("architecture", ["l1", "tied_l1", "norm_weighted_l1"])
+@pytest.mark.parametrize("architecture", ["l1", "tied_l1", "norm_weighted_l1", "jumprelu"])
 @pytest.mark.parametrize("target", [1.5, 2.5])  # 2.0 planted features are active
 def test_the_l0_target_is_met_within_five_per_cent(activations, architecture, target):
     cfg = config(n_steps=600, lr=1e-2)
@@ -98,6 +101,20 @@ def test_the_l0_target_is_met_within_five_per_cent(activations, architecture, ta
     sae = next(iter(trainer.finished_saes().values()))
     l0 = (sae.encode(activations) > 0).sum(dim=1).double().mean().item()
     assert l0 == pytest.approx(target, rel=0.05)
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk"])
+def test_a_chosen_sparsity_is_k(activations, architecture):
+    cfg = config(n_steps=300, lr=1e-2, step="auto")
+    trainer = Trainer([spec(architecture, 3, None, 3.0)], cfg, activations[:2000])
+    train(trainer, activations)
+    assert trainer.metrics()[0]["l0"] == pytest.approx(3.0, rel=0.01)
+    sae = next(iter(trainer.finished_saes().values()))
+    n_active = (sae.encode(activations) > 0).sum(dim=1).double()
+    # BatchTopK encodes by a threshold that it learnt: on other tokens only about k.
+    tolerance = {"topk": 0.01, "batch_topk": 0.05}[architecture]
+    assert n_active.mean().item() == pytest.approx(3.0, rel=tolerance)
+    assert (n_active.std() > 0.3) == (architecture == "batch_topk")
 
 
 def test_planted_features_are_recovered_through_the_trainer(activations):
@@ -155,6 +172,19 @@ def test_an_unknown_architecture_names_what_exists():
         ladder(["l2"], [1], [1.0], [], [0])
 
 
+@pytest.mark.parametrize(
+    ("l1_coeffs", "target_l0", "line"),
+    [
+        ([1.0], [], "--architecture topk has no coefficient; give --target-l0"),
+        ([], [20.0, 7.5], "--target-l0 7.5 is not possible for --architecture topk"),
+        ([], [0.2], "its k must be a whole number"),
+    ],
+)
+def test_topk_takes_whole_numbers_of_features_only(l1_coeffs, target_l0, line):
+    with pytest.raises(UserError, match=line):
+        ladder(["l1", "topk"], [1], l1_coeffs, target_l0, [0])
+
+
 def test_the_ladder_is_every_combination():
     specs = ladder(["l1", "tied_l1"], [1, 2], [], [10.0, 20.0], [0, 1])
     assert len({one.name for one in specs}) == len(specs) == 16
@@ -164,6 +194,45 @@ def test_the_ladder_is_every_combination():
 def test_broken_activations_are_refused():
     with pytest.raises(UserError, match="mean square norm is nan"):
         Trainer([spec()], config(), torch.full((5, D_IN), float("nan")))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("step", ["auto", "reference"])
+def test_a_broken_batch_is_refused_by_place_and_teaches_nothing(activations, value, step):
+    trainer = Trainer([spec(), spec("topk", 2, None, 3.0)], config(step=step), activations[:500])
+    train(trainer, activations, last=2)
+    before = {key: tensor.clone() for key, tensor in trainer.state_dict().items()}
+    batch = activations[256:384].clone()
+    batch[5, 3] = value
+    with pytest.raises(UserError, match=r"step 3: row 5 of the batch \(activation 261 .* NaN"):
+        trainer.step(batch)
+    for key, lane in {f"{lane.name}/": lane for lane in trainer.lanes}.items():
+        for name, tensor in lane.tensors().items():
+            assert torch.equal(tensor, before[key + name]), name
+
+
+def test_where_a_broken_batch_cannot_be_seen_at_once_no_checkpoint_is_made_of_it(
+    activations, monkeypatch
+):
+    trainer = Trainer([spec()], config(), activations[:500])
+    check = trainer._refuse_bad_rows
+    monkeypatch.setattr(trainer, "_refuse_bad_rows", lambda: None)  # as on a GPU, during a step
+    batch = activations[:128].clone()
+    batch[5, 3] = float("nan")
+    trainer.step(batch)
+    trainer.step(activations[128:256])
+    monkeypatch.setattr(trainer, "_refuse_bad_rows", check)
+    for ask in (trainer.state_dict, trainer.metrics):
+        with pytest.raises(UserError, match="step 1: row 5"):
+            ask()
+
+
+@pytest.mark.parametrize(
+    "sample", [torch.ones(5), torch.ones(5, D_IN, dtype=torch.int64)], ids=["width", "dtype"]
+)
+def test_activations_of_a_wrong_shape_or_dtype_are_refused_before_the_first_step(sample):
+    with pytest.raises(UserError, match="cannot be learnt from"):
+        Trainer([spec()], config(), sample)
 
 
 def test_a_diverged_run_says_which_sae_and_what_to_do(activations):

@@ -1,17 +1,25 @@
 """SAELens 6: a folder of cfg.json, sae_weights.safetensors and (optional) sparsity.safetensors.
 
-Written so that `sae_lens.SAE.load_from_disk` reads it as it is. Their `standard` architecture is
+Written so that `sae_lens.SAE.load_from_disk` reads it as it is. Their architectures share
 
-    f = relu((x - b_dec * apply_b_dec_to_input) @ W_enc + b_enc),   x_hat = f @ W_dec + b_dec
+    pre = (x - b_dec * apply_b_dec_to_input) @ W_enc + b_enc,   x_hat = f @ W_dec + b_dec
 
-with the tensors' names and orientations equal to ours; a tied encoder is written out as W_dec^T.
-What a loss or a constraint was in training is not expressed, only named in the metadata.
+with the tensors' names and orientations equal to ours, and differ in
+
+    standard:  f = relu(pre)
+    topk:      f = relu(top_k(pre)); with rescale_acts_by_decoder_norm, of pre * ||W_dec[i]||,
+               and f / ||W_dec[i]|| is what gets decoded
+    jumprelu:  f = relu(pre) * (pre > threshold)
+
+A tied encoder is written out as W_dec^T; BatchTopK becomes a jumprelu with one threshold for all,
+as SAELens itself has it. What a loss or a constraint was in training is not expressed, only named
+in the metadata.
 """
 
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -20,16 +28,64 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sparse_coding.errors import UserError
-from sparse_coding.sae import ARCHITECTURES, L1SAE, SAE, NormWeightedL1SAE, TiedL1SAE
+from sparse_coding.sae import (
+    ARCHITECTURES,
+    L1SAE,
+    SAE,
+    BatchTopKSAE,
+    JumpReLUSAE,
+    NormWeightedL1SAE,
+    TiedL1SAE,
+    TopKSAE,
+)
 from sparse_coding.storage import atomic_path, read_json, write_json
 
 CONFIG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
-TENSORS = ("W_enc", "W_dec", "b_enc", "b_dec")
 OURS = "sparse_coding"  # metadata key under which our own facts travel
 VERSION = "6.54.12"  # the SAELens whose layout is written; without it theirs assumes one before 6
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "float16", "bfloat16")}
+
+
+class Layout(NamedTuple):
+    """What one of SAELens's architectures holds, and which class of ours encodes alike."""
+
+    tensors: dict[str, tuple[str, ...]]
+    """Shapes in the configuration's names."""
+    classes: dict[bool, type[SAE]]
+    """By `apply_b_dec_to_input`; `_fold` makes up for a class that has it the other way."""
+    integers: tuple[str, ...] = ()
+    """Keys of its own, attributes of ours."""
+    choices: dict[str, tuple[bool, ...]] = {}
+    """Keys of its own: the value that is written, then what else can be read."""
+
+
+TENSORS = {
+    "W_enc": ("d_in", "d_sae"),
+    "W_dec": ("d_sae", "d_in"),
+    "b_enc": ("d_sae",),
+    "b_dec": ("d_in",),
+}
+LAYOUTS = {
+    "standard": Layout(TENSORS, {True: L1SAE, False: NormWeightedL1SAE}),
+    "topk": Layout(
+        TENSORS,
+        {True: TopKSAE, False: TopKSAE},
+        integers=("k",),
+        choices={"rescale_acts_by_decoder_norm": (False, True)},
+    ),
+    "jumprelu": Layout(
+        TENSORS | {"threshold": ("d_sae",)}, {True: JumpReLUSAE, False: JumpReLUSAE}
+    ),
+}
+# The first that a class descends from has its formulas: what it is there, and was in training.
+WRITTEN_AS: dict[type[SAE], tuple[str, str]] = {
+    BatchTopKSAE: ("jumprelu", "batchtopk"),
+    TopKSAE: ("topk", "topk"),
+    JumpReLUSAE: ("jumprelu", "jumprelu"),
+    SAE: ("standard", "standard"),
+}
 ALLOWED = {
-    "architecture": ("standard",),
+    "architecture": tuple(LAYOUTS),
     "normalize_activations": ("none",),
     "reshape_activations": ("none",),
     "apply_b_dec_to_input": (True, False),
@@ -53,13 +109,13 @@ def save_saelens(
     and `overwrite` is not set; only an empty folder or an SAE's is ever replaced.
     """
     folder = Path(folder)
-    _refuse_what_standard_cannot_say(sae, density)
+    _refuse_what_they_cannot_say(sae, density)
     _refuse_to_destroy(folder, overwrite)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        _write_tensors(temporary / WEIGHTS, {name: getattr(sae, name) for name in TENSORS})
+        _write_tensors(temporary / WEIGHTS, _tensors(sae))
         write_json(temporary / CONFIG, _config(sae, metadata))
         if density is not None:
             log_density = (density.double() + 1e-10).log10().float()
@@ -73,30 +129,55 @@ def save_saelens(
 def load_saelens(folder: str | Path, device: torch.device | str = "cpu") -> SAE:
     """The SAE in a SAELens 6 folder, in the dtype its cfg.json states (`.float()` converts).
 
-    Ours comes back as the class it was, bit by bit. Any other `standard` SAE becomes the class
-    that encodes alike: `L1SAE` if b_dec is subtracted from the input, else `NormWeightedL1SAE`;
-    its decoder rows have the norms they had, whatever the class would keep in training. The same
-    holds for one of ours that SAELens has changed, so that W_enc is no longer W_dec^T.
+    Ours comes back as the class it was, bit by bit. Any other becomes the class that encodes
+    alike: of the `standard` ones `L1SAE` if b_dec is subtracted from the input, else
+    `NormWeightedL1SAE`; `TopKSAE` of `topk`; `JumpReLUSAE` of `jumprelu`, also where that was a
+    BatchTopK or a Matryoshka in training. Decoder rows keep their norms, whatever the class would
+    hold them to in training. The same is done with one of ours that SAELens has changed, so that
+    W_enc is no longer W_dec^T or the thresholds no longer equal.
+
+    A `topk` that subtracts no b_dec and a `jumprelu` that subtracts it get b_enc +- b_dec @ W_enc,
+    and a `topk` that rescales gets unit rows: computed in float64, equal up to the rounding of the
+    dtype. Thresholds below 0 become 0, which changes nothing after a ReLU.
 
     `UserError` for another architecture, an activation scale that is not folded into the weights,
     a layout before 6, a missing or damaged file, NaN or infinity, names or shapes that disagree.
     """
     folder = Path(folder)
     config = _read_config(folder / CONFIG)
-    d_in, d_sae = config["d_in"], config["d_sae"]
-    weights = _read_weights(folder / WEIGHTS, d_in, d_sae)
+    weights = _read_weights(folder / WEIGHTS, config)
+    cls, k = _class_that_encodes_alike(config, weights)
     # A generator of its own: loading must not advance the global random stream.
-    sae = _class_that_encodes_alike(config, weights)(d_in, d_sae, torch.Generator())
+    sae = cls(config["d_in"], config["d_sae"], torch.Generator(), **k)
     sae = sae.to(DTYPES[config["dtype"].removeprefix("torch.")])
+    weights = _fold(weights, config, cls)
     sae.load_state_dict({name: weights[name] for name in sae.state_dict()})
     return sae.to(device)
 
 
+def _formulas(cls: type[SAE]) -> type[SAE]:
+    return next(base for base in WRITTEN_AS if issubclass(cls, base))
+
+
+def _tensors(sae: SAE) -> dict[str, Tensor]:
+    tensors = {
+        name: getattr(sae, name) for name in LAYOUTS[WRITTEN_AS[_formulas(type(sae))][0]].tensors
+    }
+    if "threshold" in tensors:
+        tensors["threshold"] = tensors["threshold"].expand(sae.d_sae)
+    return tensors
+
+
 def _config(sae: SAE, metadata: dict[str, Any]) -> dict[str, Any]:
+    architecture, trained_as = WRITTEN_AS[_formulas(type(sae))]
+    layout = LAYOUTS[architecture]
+    k = {"k": sae.k} if sae.sparsity_is_chosen else {}
     return {
-        "architecture": "standard",
+        "architecture": architecture,
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
+        **{key: getattr(sae, key) for key in layout.integers},
+        **{key: choices[0] for key, choices in layout.choices.items()},
         "dtype": str(sae.W_dec.dtype).removeprefix("torch."),
         "device": "cpu",
         "apply_b_dec_to_input": sae.subtracts_b_dec,
@@ -106,20 +187,26 @@ def _config(sae: SAE, metadata: dict[str, Any]) -> dict[str, Any]:
         | {
             "sae_lens_version": VERSION,
             "sae_lens_training_version": None,  # or SAELens names itself as the trainer
-            "training_architecture": "standard",
-            OURS: {"class": sae.name},
+            "training_architecture": trained_as,
+            OURS: {"class": sae.name, **k},
         },
     }
 
 
-def _refuse_what_standard_cannot_say(sae: SAE, density: Tensor | None) -> None:
-    cls = type(sae)
+def _refuse_what_they_cannot_say(sae: SAE, density: Tensor | None) -> None:
+    cls, expected = type(sae), _formulas(type(sae))
     for method in ("pre_activations", "encode", "decode"):
-        if getattr(cls, method) is not getattr(SAE, method):
+        if getattr(cls, method) is not getattr(expected, method):
             raise UserError(
-                f"{cls.__name__} has its own {method}, which SAELens's standard architecture "
-                "cannot express; it must keep that of SAE"
+                f"{cls.__name__} has its own {method}, which SAELens's "
+                f"{WRITTEN_AS[expected][0]} architecture cannot express; it must keep that of "
+                f"{expected.__name__}"
             )
+    if "threshold" in _tensors(sae) and (sae.threshold < 0).any():
+        raise UserError(
+            f"{cls.__name__} has a threshold below 0, where SAELens's ReLU would silence what it "
+            "lets through; set it to 0 or above"
+        )
     if density is not None and density.shape != (sae.d_sae,):
         raise UserError(f"density is {tuple(density.shape)}; it must be ({sae.d_sae},)")
 
@@ -160,34 +247,44 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"{path} was written by SAELens {version}; 6 or newer is supported: load it in "
             "SAELens 6 and save it again with save_model"
         )
-    missing = [key for key in (*ALLOWED, "d_in", "d_sae") if key not in config]
-    if missing:
-        raise UserError(f"{path} lacks {', '.join(missing)}")
-    for key, allowed in ALLOWED.items():
-        if config[key] not in allowed:
-            choice = " or ".join(map(repr, allowed))
-            raise UserError(f"{path}: {key} is {config[key]!r}; supported is {choice}")
-    for key in ("d_in", "d_sae"):
-        if type(config[key]) is not int or config[key] < 1:
-            raise UserError(f"{path}: {key} is {config[key]!r}; it must be a positive integer")
+    _check(path, config, ALLOWED, ("d_in", "d_sae"))
+    layout = LAYOUTS[config["architecture"]]
+    _check(path, config, layout.choices, layout.integers)
+    if config["architecture"] == "topk" and config["k"] > config["d_sae"]:
+        raise UserError(f"{path}: k is {config['k']}; it must be at most d_sae {config['d_sae']}")
     return config
 
 
-def _read_weights(path: Path, d_in: int, d_sae: int) -> dict[str, Tensor]:
+def _check(
+    path: Path, config: dict[str, Any], choices: dict[str, tuple], integers: tuple[str, ...]
+) -> None:
+    missing = [key for key in (*choices, *integers) if key not in config]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}")
+    for key, allowed in choices.items():
+        if config[key] not in allowed:
+            choice = " or ".join(map(repr, allowed))
+            raise UserError(f"{path}: {key} is {config[key]!r}; supported is {choice}")
+    for key in integers:
+        if type(config[key]) is not int or config[key] < 1:
+            raise UserError(f"{path}: {key} is {config[key]!r}; it must be a positive integer")
+
+
+def _read_weights(path: Path, config: dict[str, Any]) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"{path} does not exist")
     try:
         weights = load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path} is damaged: {error}") from None
-    if set(weights) != set(TENSORS):
+    expected = LAYOUTS[config["architecture"]].tensors
+    if set(weights) != set(expected):
         raise UserError(
             f"{path} holds {', '.join(sorted(weights)) or 'nothing'}; "
-            f"a standard SAE holds {', '.join(TENSORS)}"
+            f"a {config['architecture']} SAE holds {', '.join(expected)}"
         )
-    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,)}
-    for name, shape in shapes.items():
-        tensor = weights[name]
+    for name, axes in expected.items():
+        tensor, shape = weights[name], tuple(config[axis] for axis in axes)
         if tuple(tensor.shape) != shape:
             raise UserError(f"{path}: {name} is {tuple(tensor.shape)}; {CONFIG} says {shape}")
         if not tensor.is_floating_point() or not tensor.isfinite().all():
@@ -195,16 +292,51 @@ def _read_weights(path: Path, d_in: int, d_sae: int) -> dict[str, Tensor]:
     return weights
 
 
-def _class_that_encodes_alike(config: dict[str, Any], weights: dict[str, Tensor]) -> type[SAE]:
-    subtracts = config["apply_b_dec_to_input"]
+def _class_that_encodes_alike(
+    config: dict[str, Any], weights: dict[str, Tensor]
+) -> tuple[type[SAE], dict[str, int]]:
+    """The class, and its `k` where it has one."""
     ours = config["metadata"].get(OURS)
-    recorded = ARCHITECTURES.get(str(ours.get("class"))) if isinstance(ours, dict) else None
-    # SAELens hands our metadata on when it saves weights that it has changed.
-    is_untied = not torch.equal(weights["W_enc"], weights["W_dec"].T)
-    if (
-        recorded is None
-        or recorded.subtracts_b_dec != subtracts
-        or (recorded is TiedL1SAE and is_untied)
-    ):
-        return L1SAE if subtracts else NormWeightedL1SAE
-    return recorded
+    ours = ours if isinstance(ours, dict) else {}
+    cls = ARCHITECTURES.get(str(ours.get("class")))
+    if cls is None or not _is_still(cls, ours, config, weights):
+        cls = LAYOUTS[config["architecture"]].classes[config["apply_b_dec_to_input"]]
+    if not cls.sparsity_is_chosen:
+        return cls, {}
+    return cls, {"k": ours["k"] if issubclass(cls, BatchTopKSAE) else config["k"]}
+
+
+def _is_still(
+    cls: type[SAE], ours: dict[str, Any], config: dict[str, Any], weights: dict[str, Tensor]
+) -> bool:
+    """Whether a file still is of this class: SAELens hands our metadata on with weights that it
+    has changed."""
+    architecture, _ = WRITTEN_AS[_formulas(cls)]
+    written = architecture, cls.subtracts_b_dec
+    if written != (config["architecture"], config["apply_b_dec_to_input"]):
+        return False
+    if issubclass(cls, TiedL1SAE):
+        return torch.equal(weights["W_enc"], weights["W_dec"].T)
+    if issubclass(cls, BatchTopKSAE):
+        is_shared = (weights["threshold"] == weights["threshold"][0]).all()
+        return bool(is_shared) and type(ours.get("k")) is int and ours["k"] > 0
+    return True
+
+
+def _fold(weights: dict[str, Tensor], config: dict[str, Any], cls: type[SAE]) -> dict[str, Tensor]:
+    """The weights with which `cls`, our formula, does what the configuration says."""
+    folded = dict(weights)
+    if config["architecture"] == "topk" and config["rescale_acts_by_decoder_norm"]:
+        norms = weights["W_dec"].double().norm(dim=1, keepdim=True)
+        folded["W_enc"] = weights["W_enc"].double() * norms.T
+        folded["b_enc"] = weights["b_enc"].double() * norms[:, 0]
+        # A row of zeros never fires and stays one.
+        folded["W_dec"] = weights["W_dec"].double() / norms.where(norms > 0, 1.0)
+    if cls.subtracts_b_dec != config["apply_b_dec_to_input"]:
+        sign = 1 if cls.subtracts_b_dec else -1
+        shift = folded["b_dec"].double() @ folded["W_enc"].double()
+        folded["b_enc"] = folded["b_enc"].double() + sign * shift
+    if "threshold" in folded:
+        threshold = folded["threshold"].clamp(min=0)
+        folded["threshold"] = threshold[0] if issubclass(cls, BatchTopKSAE) else threshold
+    return folded

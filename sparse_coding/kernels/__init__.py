@@ -10,7 +10,7 @@ import warnings
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sparse_coding.errors import UserError
@@ -22,8 +22,8 @@ class StepStatistics(NamedTuple):
 
     mse: Float[Tensor, ""]
     """Squared error in scaled units, summed over d_in, mean over the batch."""
-    l1: Float[Tensor, ""]
-    """Sum over features of f_i * ||W_dec[i]||, mean over the batch."""
+    penalty: Float[Tensor, ""]
+    """The loss's penalty before its coefficient (`sae.Loss.penalty`), mean over the batch."""
     n_active: Int[Tensor, " d_sae"]
     """How many rows of the batch each feature fired on."""
 
@@ -36,14 +36,30 @@ class Step(Protocol):
     optimizer: torch.optim.Adam
 
     def __call__(
-        self, x: Float[Tensor, "batch d_in"], l1_coeff: Float[Tensor, ""]
+        self,
+        x: Float[Tensor, "batch d_in"],
+        l1_coeff: Float[Tensor, ""],
+        dead: Bool[Tensor, " d_sae"] | None = None,
     ) -> StepStatistics:
-        """Update the SAE on scaled activations x; the learning rate is in `optimizer`."""
+        """Update the SAE on scaled activations x; the learning rate is in `optimizer`.
+
+        Adam is dense in every step: a feature that was inactive has the gradient 0, so its moments
+        decay and it moves by its momentum, exactly as in torch's. `dead` goes to the loss.
+        """
 
 
 def make_adam(sae: SAE, lr: float, betas: tuple[float, float] = (0.9, 0.999)) -> torch.optim.Adam:
-    """Fused Adam with its state already allocated, so that every step finds the same tensors."""
-    optimizer = torch.optim.Adam(sae.parameters(), lr=lr, betas=betas, eps=1e-8, fused=True)
+    """Fused Adam with its state already allocated, so that every step finds the same tensors.
+
+    One group per parameter that learns at another rate (`SAE.lr_factors`), after all others.
+    """
+    named = dict(sae.named_parameters())
+    common = [parameter for name, parameter in named.items() if name not in sae.lr_factors]
+    groups = [{"params": common, "lr_factor": 1.0}]
+    for name, factor in sae.lr_factors.items():
+        groups.append({"params": [named[name]], "lr_factor": factor})
+    optimizer = torch.optim.Adam(groups, lr=lr, betas=betas, eps=1e-8, fused=True)
+    set_lr(optimizer, lr)
     for parameter in sae.parameters():
         optimizer.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
@@ -51,6 +67,12 @@ def make_adam(sae: SAE, lr: float, betas: tuple[float, float] = (0.9, 0.999)) ->
             "exp_avg_sq": torch.zeros_like(parameter),
         }
     return optimizer
+
+
+def set_lr(optimizer: torch.optim.Adam, lr: float) -> None:
+    """Give every group of `make_adam` its multiple of a learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_factor"]
 
 
 def make_step(sae: SAE, optimizer: torch.optim.Adam, kind: str = "auto") -> Step:

@@ -11,6 +11,9 @@ product that decides later; rounding the product itself moves what lies at the t
 by at most 2^-8 of it. So an active entry always has
 
     product[token, feature]  >=  lowest[feature] - margin[token] * norm[feature].
+
+"Active" stands for "above the feature's floor": 0 for a ReLU, half a bandwidth below the threshold
+for a JumpReLU. Where only a token's k largest matter, its level takes the floor's place.
 """
 
 from collections.abc import Iterator
@@ -23,6 +26,7 @@ from numba import prange
 from torch import Tensor
 
 from sparse_coding.kernels import cpu_loops as loops
+from sparse_coding.kernels.cpu_tokens import Screen
 
 CHUNK_BYTES = 8 * 2**20
 """Size of the product's buffer: it stays in the last-level cache until it has been screened."""
@@ -101,25 +105,49 @@ def _rounded(name: str, rows: np.ndarray, dtype: torch.dtype, memory: Memory) ->
 
 
 class Encoder:
-    """The products of one batch with all features, chunk by chunk, and their bounds."""
+    """The products of one batch with all features, chunk by chunk, and their bounds.
+
+    floor (d_sae): pre-activations up to it do not matter; k: nor does what is not among a token's
+    k largest (0: all do).
+    """
 
     def __init__(
-        self, batch: loops.Batch, model: loops.Model, dtype: torch.dtype, memory: Memory
+        self,
+        batch: loops.Batch,
+        model: loops.Model,
+        floor: np.ndarray,
+        k: int,
+        dtype: torch.dtype,
+        memory: Memory,
     ) -> None:
         self._memory = memory
         self._x = _rounded("x", batch.centred, dtype, memory)
         self._W = _rounded("W_enc", model.W_enc, dtype, memory)
-        self.screen = _bounds(self._x, self._W, model.b_enc)
+        self.screen = _bounds(self._x, self._W, floor, model.b_enc, k)
 
     def products(self) -> Iterator[tuple[slice, np.ndarray]]:
         """Tokens and their products (chunk, d_sae), bfloat16 as bits; the buffer is reused."""
-        x, W_enc = self._x.rows, self._W.rows.T
-        d_sae = W_enc.shape[1]
-        numpy_dtype = np.uint16 if x.dtype == torch.bfloat16 else self._x.norm.dtype
+        x, W_enc = self._x.rows, self._W.rows
+        d_sae = len(W_enc)
         for chunk in chunks(len(x), CHUNK_BYTES // (d_sae * x.dtype.itemsize)):
-            product = self._memory.take("product", (chunk.stop - chunk.start, d_sae), numpy_dtype)
-            torch.mm(x[chunk], W_enc, out=torch.from_numpy(product).view(x.dtype))
+            if x.dtype == torch.bfloat16:
+                shape = chunk.stop - chunk.start, d_sae
+                product = self._memory.take("product", shape, np.uint16)
+                torch.mm(x[chunk], W_enc.T, out=torch.from_numpy(product).view(x.dtype))
+            else:
+                product = times_transposed(x[chunk], W_enc).numpy()
             yield chunk, product
+
+
+def times_transposed(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b.T in the dtype of both; float32 through oneDNN, which is up to twice MKL's speed.
+
+    torch.mm asks MKL, whose float32 product leaves AVX-512 unused on AMD processors; the operator
+    that Inductor calls goes to oneDNN whatever the processor.
+    """
+    if a.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    return a @ b.T
 
 
 def chunks(n_tokens: int, chunk_tokens: int) -> Iterator[slice]:
@@ -129,7 +157,7 @@ def chunks(n_tokens: int, chunk_tokens: int) -> Iterator[slice]:
         yield slice(start, min(start + size, n_tokens))
 
 
-def _bounds(x: _Rounded, W: _Rounded, b_enc: np.ndarray) -> loops.Screen:
+def _bounds(x: _Rounded, W: _Rounded, floor: np.ndarray, b_enc: np.ndarray, k: int) -> Screen:
     d_in, scalar = W.rows.shape[1], W.norm.dtype.type
     precision = np.finfo(W.norm.dtype).eps
     norm = W.norm + W.error
@@ -137,5 +165,7 @@ def _bounds(x: _Rounded, W: _Rounded, b_enc: np.ndarray) -> loops.Screen:
     sums = 2 * (d_in + 8) * precision
     # The last factor is for the rounding of the norms themselves.
     margin = (x.error + scalar(W_error + sums) * (x.norm + x.error)) * scalar(1.01)
-    rounding = 1.02 * 2**-8 if x.rows.dtype == torch.bfloat16 else 4 * precision
-    return loops.Screen(-b_enc - scalar(rounding) * np.abs(b_enc), norm, margin)
+    rounding = scalar(1.02 * 2**-8 if x.rows.dtype == torch.bfloat16 else 4 * precision)
+    needed = floor - b_enc
+    lowest = needed - rounding * np.abs(needed)
+    return Screen(floor, lowest, norm, margin, rounding, k)

@@ -1,7 +1,7 @@
 """The reference step: the SAE's own loss, autograd, torch's fused Adam. What others must equal."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sparse_coding.kernels import StepStatistics
@@ -15,14 +15,18 @@ class ReferenceStep:
         self.sae, self.optimizer = sae, optimizer
 
     def __call__(
-        self, x: Float[Tensor, "batch d_in"], l1_coeff: Float[Tensor, ""]
+        self,
+        x: Float[Tensor, "batch d_in"],
+        l1_coeff: Float[Tensor, ""],
+        dead: Bool[Tensor, " d_sae"] | None = None,
     ) -> StepStatistics:
-        loss = self.sae.loss(x, l1_coeff)
+        loss = self.sae.loss(x, l1_coeff, dead)
         self.optimizer.zero_grad()
         loss.total.backward()
         self.sae.project_gradient()
         self.optimizer.step()
         self.sae.normalise()
         with torch.no_grad():
+            self.sae.observe(loss.f)
             n_active = torch.count_nonzero(loss.f, dim=0)
-        return StepStatistics(loss.mse.detach(), loss.l1.detach(), n_active)
+        return StepStatistics(loss.mse.detach(), loss.penalty.detach(), n_active)
