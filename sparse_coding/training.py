@@ -98,7 +98,8 @@ class Lane:
     def l1_coeff(self, sparsity: float) -> Float[Tensor, ""]:
         if self.controller is not None:
             return self.controller.l1_coeff()
-        return torch.tensor((self.spec.l1_coeff or 0.0) * sparsity, device=self.sae.W_dec.device)
+        fixed = (self.spec.l1_coeff or 0.0) * sparsity
+        return torch.full((), fixed, device=self.sae.W_dec.device)  # waits for no copy
 
     def step(self, x: Float[Tensor, "batch d_in"], lr: float, sparsity: float) -> None:
         set_lr(self.optimizer, lr)

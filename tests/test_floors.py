@@ -231,13 +231,17 @@ class Requirement(NamedTuple):
 
 
 def requirements(text: str) -> list[Requirement]:
-    """The lines of a requirements file; anything but `package==version  # comment` fails."""
+    """The lines of a requirements file, `package==version  # comment`; anything else fails.
+
+    A package that another one pins may be `package>=version; marker  # comment`.
+    """
     found = []
     for line in text.splitlines():
         if line.strip() and not line.startswith("#"):
-            match = re.fullmatch(r"([\w.-]+)==([\w.]+)(?:  # (\S.*))?", line)
+            form = r"([\w.-]+)(?:==([\w.]+)|>=[\w.]+; \w.*?)(?:  # (\S.*))?"
+            match = re.fullmatch(form, line)
             assert match, f"not of the form package==version: {line}"
-            found.append(Requirement(match[1], match[2], match[3] or ""))
+            found.append(Requirement(match[1], match[2] or "", match[3] or ""))
     return found
 
 

@@ -136,7 +136,9 @@ def test_batch_topk_is_written_as_saelens_writes_its_own(tmp_path):
     sae = BatchTopKSAE(12, 20, k=6)
     sae.threshold.fill_(0.7)
     folder = save_saelens(sae, tmp_path / "a", metadata={})
-    assert json.loads((folder / "cfg.json").read_text())["architecture"] == "jumprelu"
+    config = json.loads((folder / "cfg.json").read_text())
+    assert config["architecture"] == "jumprelu"
+    assert config["metadata"]["training_architecture"] == "batchtopk"
     assert torch.equal(load_file(folder / module.WEIGHTS)["threshold"], torch.full((20,), 0.7))
 
 

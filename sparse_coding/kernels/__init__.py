@@ -78,18 +78,26 @@ def set_lr(optimizer: torch.optim.Adam, lr: float) -> None:
 def make_step(sae: SAE, optimizer: torch.optim.Adam, kind: str = "auto") -> Step:
     """The fastest step there is for this SAE ("auto"), or autograd's ("reference").
 
-    Imports what it chooses, so that importing this package is cheap and needs no numba. Warns
-    and takes the reference where numba is missing; `UserError` for another kind.
+    Imports what it chooses, so that importing this package is cheap. Warns and takes the reference
+    where numba (CPU) or Triton (CUDA) is missing, or a small trial of the GPU's kernels fails;
+    `UserError` for another kind.
     """
     from sparse_coding.kernels.reference import ReferenceStep
 
     if kind not in ("auto", "reference"):
         raise UserError(f"--step {kind} is unknown; it must be auto or reference")
-    if kind == "reference" or sae.W_dec.device.type != "cpu":
+    device = sae.W_dec.device
+    if kind == "reference" or device.type not in ("cpu", "cuda"):
         return ReferenceStep(sae, optimizer)
-    if importlib.util.find_spec("numba") is None:
-        warnings.warn("numba is not installed: training is slower without it", stacklevel=2)
+    package = {"cpu": "numba", "cuda": "triton"}[device.type]
+    if importlib.util.find_spec(package) is None:
+        warnings.warn(f"{package} is not installed: training is slower without it", stacklevel=2)
         return ReferenceStep(sae, optimizer)
+    if device.type == "cuda":
+        from sparse_coding.kernels import gpu
+
+        is_fast = gpu.supports_gpu(sae) and gpu.agrees_with_reference(device)
+        return (gpu.GPUStep if is_fast else ReferenceStep)(sae, optimizer)
     # Read when numba's pool starts: threads that spin between its loops take the cores from
     # torch's threads, and from everybody else's.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from sparse_coding.errors import UserError
 from sparse_coding.formats.saelens import WEIGHTS, load_saelens
-from sparse_coding.sae import L1SAE, JumpReLUSAE
+from sparse_coding.sae import L1SAE, BatchTopKSAE, JumpReLUSAE
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent / "golden"
 # One product of width 5 in another order of summation: a few units in the last place.
 ROUNDING = {"rtol": 1e-5, "atol": 1e-5}
 SUPPORTED = "supported is 'standard' or 'topk' or 'jumprelu'"
@@ -123,12 +123,23 @@ def test_loading_does_not_advance_the_global_random_stream(golden):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_class_unknown_here_is_read_by_how_it_encodes(golden):
-    edit_config(
-        golden,
-        metadata={"sae_lens_version": "6.0.0-rc.1", "sparse_coding": {"class": "of_tomorrow"}},
-    )
+def claim(folder, **ours):
+    edit_config(folder, metadata={"sae_lens_version": "6.0.0-rc.1", "sparse_coding": ours})
+
+
+@pytest.mark.parametrize("name", ["of_tomorrow", "norm_weighted_l1", "topk", "batch_topk"])
+def test_a_class_unknown_or_contradicted_is_read_by_how_it_encodes(golden, name):
+    claim(golden, **{"class": name, "k": 3})
     assert type(load_saelens(golden)) is L1SAE
+
+
+@pytest.mark.parametrize("golden", ["batchtopk"], indirect=True)
+@pytest.mark.parametrize(
+    ("k", "cls"), [(3, BatchTopKSAE), (None, JumpReLUSAE), (0, JumpReLUSAE), (2.5, JumpReLUSAE)]
+)
+def test_a_jumprelu_is_a_batch_topk_only_with_the_k_that_it_had(golden, k, cls):
+    claim(golden, **{"class": "batch_topk", "k": k})
+    assert type(load_saelens(golden)) is cls
 
 
 # Refused.
