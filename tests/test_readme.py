@@ -1,5 +1,6 @@
 """What the README tells a user to type exists and is accepted."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -61,3 +62,24 @@ def test_every_make_target_exists(target):
 @pytest.mark.parametrize("path", re.findall(r"\]\((?!http)([^)]+)\)", README))
 def test_every_local_link_and_picture_exists(path):
     assert (ROOT / path).exists()
+
+
+EXACT_PEERS = ("sae_lens", "sae_lens-compiled", "dictionary_learning")
+ROUNDED_PEERS = (
+    "sae_lens-bfloat16", "sae_lens-bfloat16-compiled", "dictionary_learning-bfloat16",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("ratio", [1, 2, 4, 8, 16, 32])
+def test_the_table_of_speeds_is_the_benchmarks(ratio):
+    path = ROOT / "benchmarks" / "results" / "train_step.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    at_ratio = {row["method"]: row for row in rows if row["ratio"] == ratio}
+    ms = {method: row["ms_per_step"] for method, row in at_ratio.items()}
+    exact, single, plain = ms["auto"], ms["auto-float32"], ms["plain-bfloat16"]
+    peer, rounded = (min(ms[m] for m in names) for names in (EXACT_PEERS, ROUNDED_PEERS))
+    mb = min(at_ratio[m]["peak_mb"] for m in EXACT_PEERS if at_ratio[m]["peak_mb"])
+    cells = [f"{n:,.0f}" for n in (exact, single, peer, rounded, plain)]
+    cells += [f"{n:.1f}" for n in (peer / exact, peer / single, rounded / exact, plain / exact)]
+    cells += [f"{at_ratio['auto']['peak_mb']:.0f} / {mb:.0f}"]
+    assert f"| 1:{ratio} | {' | '.join(cells)} |" in README

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sparse_coding.errors import UserError
+from sparse_coding.sae import ARCHITECTURES
 from sparse_coding.training import SAESpec, Trainer, TrainingConfig, ladder
 
 D_IN = 12
@@ -101,6 +102,24 @@ def test_the_l0_target_is_met_within_five_per_cent(activations, architecture, ta
     sae = next(iter(trainer.finished_saes().values()))
     l0 = (sae.encode(activations) > 0).sum(dim=1).double().mean().item()
     assert l0 == pytest.approx(target, rel=0.05)
+
+
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_the_fast_step_ends_where_the_reference_ends(activations, architecture):
+    ends = []
+    for step in ("reference", "auto"):
+        cfg = config(n_steps=200, lr=3e-3, step=step)
+        trainer = Trainer([spec(architecture, 4, None, 3.0)], cfg, activations[:2000])
+        sae = next(iter(train(trainer, activations).finished_saes().values()))
+        with torch.no_grad():
+            f = sae.encode(activations)
+            error = (activations - sae.decode(f)).square().sum()
+        variance = (activations - activations.mean(dim=0)).square().sum()
+        ends.append((error / variance, f.count_nonzero() / len(f)))
+    (fvu, l0), (fast_fvu, fast_l0) = ends
+    assert fvu < 0.5
+    torch.testing.assert_close(fast_fvu, fvu, rtol=0.01, atol=0)
+    torch.testing.assert_close(fast_l0, l0, rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize("architecture", ["topk", "batch_topk"])
