@@ -115,10 +115,13 @@ class SAE(Dictionary):
         n_firing = max(1, round(len(x) * l0 / self.d_sae))
         if n_firing >= len(x):
             return
+        centred = x - self.b_dec if self.subtracts_b_dec else x
         for chunk in features.split(1024):
-            centred = x - self.b_dec if self.subtracts_b_dec else x
-            pre = centred @ self.W_enc[:, chunk] + self.b_enc[chunk]
-            self._silence(chunk, pre.kthvalue(len(x) - n_firing, dim=0).values)
+            # One feature a row: selecting down columns takes ten times as long.
+            pre = self.W_enc.T[chunk] @ centred.T + self.b_enc[chunk, None]
+            # Between the last row to fire and the first not to: rounding moves neither across.
+            edge = pre.topk(n_firing + 1, dim=1).values[:, -2:].mean(dim=1)
+            self._silence(chunk, edge)
 
     def _silence(self, features: Int[Tensor, " chosen"], pre: Float[Tensor, " chosen"]) -> None:
         """Make features silent up to these pre-activations; never make one fire more."""

@@ -117,7 +117,7 @@ def test_the_fast_step_ends_where_the_reference_ends(activations, architecture):
         variance = (activations - activations.mean(dim=0)).square().sum()
         ends.append((error / variance, f.count_nonzero() / len(f)))
     (fvu, l0), (fast_fvu, fast_l0) = ends
-    assert fvu < 0.5
+    assert fvu < 0.7
     torch.testing.assert_close(fast_fvu, fvu, rtol=0.01, atol=0)
     torch.testing.assert_close(fast_l0, l0, rtol=0.02, atol=0)
 
