@@ -14,7 +14,6 @@ from sparse_coding.errors import UserError
 from sparse_coding.sae import ARCHITECTURES, SAE
 
 PLANTED_RATIO, PLANTED_L0 = 4, 20
-BIAS_MARGIN = 1e-3
 
 
 class Case(NamedTuple):
@@ -94,7 +93,4 @@ def sparse_sae(task: Task, x: Float[Tensor, "batch d_in"], l0: float) -> SAE:
     sae = ARCHITECTURES[task.architecture](task.d_in, task.d_sae, generator, **k)
     sae.initialise_centre(x.mean(dim=0))
     sae.initialise_sparsity(x, l0)
-    # It leaves one row per feature at a pre-activation of exactly 0, on a side that rounding
-    # decides: the methods' active sets would differ.
-    sae.b_enc -= BIAS_MARGIN
     return sae
