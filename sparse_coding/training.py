@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparse_coding.config import RunConfig
+from sparse_coding.dead_features import DeadFeatures
 from sparse_coding.errors import UserError
 from sparse_coding.kernels import StepStatistics, make_adam, make_step, set_lr
 from sparse_coding.l0_controller import L0Controller
@@ -87,6 +88,8 @@ class Lane:
         self.optimizer = make_adam(sae, cfg.lr)
         self.run_step = make_step(sae, self.optimizer, cfg.step)
         self.tokens_since_fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
+        silence = self.tokens_since_fired, cfg.dead_after_tokens
+        self.dead = DeadFeatures(*silence) if sae.revives_dead else None
         dtype = accumulator_dtype(device)
         self.sums = torch.zeros(3, dtype=dtype, device=device)  # mse, penalty, l0
         self.controller = (
@@ -101,10 +104,11 @@ class Lane:
         fixed = (self.spec.l1_coeff or 0.0) * sparsity
         return torch.full((), fixed, device=self.sae.W_dec.device)  # waits for no copy
 
-    def step(self, x: Float[Tensor, "batch d_in"], lr: float, sparsity: float) -> None:
-        set_lr(self.optimizer, lr)
-        dead = self.tokens_since_fired >= self.cfg.dead_after_tokens
-        statistics = self.run_step(x, self.l1_coeff(sparsity), dead)
+    def step(self, x: Float[Tensor, "batch d_in"], n_steps_done: int) -> None:
+        set_lr(self.optimizer, self.cfg.lr_at(n_steps_done))
+        dead = None if self.dead is None else self.dead.at(n_steps_done)
+        l1_coeff = self.l1_coeff(self.cfg.sparsity_at(n_steps_done))
+        statistics = self.run_step(x, l1_coeff, dead)
         self._count(statistics, len(x))
 
     def _count(self, statistics: StepStatistics, batch_tokens: int) -> None:
@@ -186,6 +190,8 @@ class Lane:
         named |= {"tokens_since_fired": self.tokens_since_fired, "sums": self.sums}
         if self.controller is not None:
             named |= self.controller.tensors()
+        if self.dead is not None:
+            named |= self.dead.tensors()
         return named
 
 
@@ -249,10 +255,8 @@ class Trainer:
         x = x * self.scale
         square_norm = (x - self.mean).square().sum(dim=1)
         self._note_bad_rows(square_norm)
-        lr = self.cfg.lr_at(self.n_steps_done)
-        sparsity = self.cfg.sparsity_at(self.n_steps_done)
         for lane in self.lanes:
-            lane.step(x, lr, sparsity)
+            lane.step(x, self.n_steps_done)
         self.variance_sum += square_norm.mean()
         self.n_steps_summed += 1
         self.n_steps_done += 1
@@ -369,6 +373,8 @@ class Trainer:
         for lane in self.lanes:
             for key, value in lane.tensors().items():
                 value.copy_(state[f"{lane.name}/{key}"])
+            if lane.dead is not None:
+                lane.dead.restored()
         pool = state.get("pool")
         self.pool = [] if pool is None else [pool.to(self.mean.device)]
 

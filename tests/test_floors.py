@@ -25,13 +25,14 @@ FLOORS = {
     # no foreign world, no mathematics
     0: "config dictionary errors storage",
     # mathematics and arrays
-    1: "sae l0_controller baselines toy kernels metrics polysemanticity consistency sources cache",
+    1: """sae saes l0_controller dead_features baselines toy kernels metrics polysemanticity
+        consistency sources cache""",
     # foreign worlds: language models, texts, other libraries' names
     2: "harvest models builtin_text text_files text splice examples formats",
     # a run: what trains, measures, keeps and tells
     3: "training checkpoint distributed evaluation runs reporting",
     # programs
-    4: f"{ENTRY} analysis benchmarks",
+    4: f"{ENTRY} analysis benchmarks pretrained",
 }
 FLOOR = {unit: floor for floor, units in FLOORS.items() for unit in units.split()}
 

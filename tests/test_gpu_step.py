@@ -5,12 +5,10 @@ test here starts the others in a process of their own.
 """
 
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -38,7 +36,7 @@ runs_kernels = pytest.mark.skipif(
 )
 needs_triton = pytest.mark.skipif(not find_spec("triton"), reason="triton is not installed")
 ARCHITECTURE = pytest.mark.parametrize(
-    "architecture", ["tied_l1", "l1", "norm_weighted_l1", "jumprelu"]
+    "architecture", ["tied_l1", "l1", "norm_weighted_l1", "topk", "batch_topk", "jumprelu"]
 )
 IS_SPARSE = pytest.mark.parametrize("is_sparse", [False, True])
 COEFFICIENT = torch.tensor(0.7, dtype=torch.float64, device=DEVICE if IS_INTERPRETED else None)
@@ -134,6 +132,77 @@ def test_a_batch_in_several_parts_gives_the_same(monkeypatch):
     assert len(list(parts._sub_batches(len(x)))) == 2
     assert torch.equal(parts(x, COEFFICIENT).n_active, statistics.n_active)
     assert difference(whole, parts) < 1e-12
+
+
+# ---- TopK and BatchTopK --------------------------------------------------------------------
+
+CHOSEN = pytest.mark.parametrize("architecture", ["topk", "batch_topk"])
+
+
+@runs_kernels
+@CHOSEN
+@IS_SPARSE
+@pytest.mark.parametrize("n_dead", [3, 30])  # fewer and more than AuxK lets speak at once
+def test_auxks_gradients_are_autograds_in_one_part_and_in_two(
+    monkeypatch, architecture, is_sparse, n_dead
+):
+    choose(monkeypatch, is_sparse)
+    sae, x = sae_and_batch(architecture, 12, 70, 0.1, torch.float64, n_tokens=44)
+    sae.b_enc.data[::DEAD] = 0.0
+    dead = torch.randperm(70, generator=torch.Generator().manual_seed(1))[:n_dead].to(DEVICE)
+    expected, whole, parts = twin_steps(sae, ReferenceStep, GPUStep, GPUStep)
+    statistics = [step(x, COEFFICIENT, dead) for step in (expected, whole)]
+    monkeypatch.setattr(gpu, "ENTRY_BYTES", 1)
+    statistics.append(parts(x, COEFFICIENT, dead))
+    assert difference(expected, whole) < 1e-10
+    assert difference(expected, parts) < 1e-10
+    for fast in statistics[1:]:
+        torch.testing.assert_close(fast.penalty, statistics[0].penalty, rtol=1e-12, atol=0)
+        assert torch.equal(fast.n_active, statistics[0].n_active)
+    assert statistics[0].penalty > 0
+
+
+@runs_kernels
+@pytest.mark.parametrize("block", [2, 256])
+def test_equal_activations_do_not_make_a_token_keep_more_than_k(monkeypatch, block):
+    choose(monkeypatch, True)
+    monkeypatch.setattr(gpu, "KEYS_SIZE", block)
+    sae, x = sae_and_batch("topk", 12, 40, 0.1, torch.float32)
+    with torch.no_grad():
+        sae.b_enc.zero_()
+        sae.W_enc[:, 20:] = sae.W_enc[:, :20]  # every feature twice: ties wherever k is odd
+        sae.k = 5
+        pre = sae.pre_activations(x)
+    n_active = GPUStep(sae, make_adam(sae, 1e-2))(x, COEFFICIENT.float()).n_active
+    assert n_active.sum() == (pre > 0).sum(dim=1).clamp(max=5).sum()
+    assert (n_active[:20] - n_active[20:]).sum() > 0  # of two equals, the first is kept
+
+
+@runs_kernels
+@IS_SPARSE
+def test_batch_topk_learns_the_references_threshold(monkeypatch, is_sparse):
+    choose(monkeypatch, is_sparse)
+    sae, x = sae_and_batch("batch_topk", 12, 40, 0.1, torch.float64)
+    expected, fast = twin_steps(sae, ReferenceStep, GPUStep)
+    for step in (expected, fast):
+        for n_rows in (13, 5, 1):
+            step(x[:n_rows], COEFFICIENT)
+    assert expected.sae.threshold > 0
+    torch.testing.assert_close(fast.sae.threshold, expected.sae.threshold, rtol=1e-12, atol=0)
+
+
+@runs_kernels
+@CHOSEN
+def test_hardly_more_than_k_entries_pass_the_raised_floors(architecture):
+    sae, x = sae_and_batch(architecture, 48, 512, 0.01, torch.float32, n_tokens=44)
+    sae.b_enc.data.zero_()  # half of all entries are positive
+    step = GPUStep(sae, make_adam(sae, 1e-2))
+    with torch.no_grad():
+        n_listed = step._screen(step._batch(x, COEFFICIENT.float())).entries(slice(0, 44))
+    per_token = n_listed.by_token.n.float()
+    if architecture == "topk":
+        assert (per_token >= sae.k).all()
+    assert sae.k <= per_token.mean() < 1.5 * sae.k + 1
 
 
 # ---- the screen ----------------------------------------------------------------------------
@@ -240,19 +309,19 @@ def refused_waits() -> Iterator[None]:
 
 @runs_kernels
 @IS_SPARSE
-def test_a_step_never_waits_for_the_device(monkeypatch, is_sparse, request):
+@pytest.mark.parametrize("architecture", ["jumprelu", "topk", "batch_topk"])
+def test_a_step_never_waits_for_the_device(monkeypatch, architecture, is_sparse, request):
     density = PastDensity.is_low
     monkeypatch.setattr(PastDensity, "is_low", lambda self: density(self) or is_sparse)
-    sae, x = sae_and_batch("jumprelu", 12, 20, 0.2, torch.float32)
+    sae, x = sae_and_batch(architecture, 12, 20, 0.2, torch.float32)
     step = GPUStep(sae, make_adam(sae, 1e-2))
-    dead = torch.zeros(20, dtype=torch.bool, device=DEVICE)
+    dead = torch.arange(3, device=DEVICE)
     coefficient = COEFFICIENT.float().to(DEVICE)
     request.getfixturevalue("refused_waits")
     for _ in range(2 if is_sparse else gpu.LAG + 2):
         step(x, coefficient, dead)
 
 
-@runs_kernels
 @runs_kernels
 @IS_SPARSE
 def test_a_step_repeats_itself_bit_for_bit(monkeypatch, is_sparse):
@@ -303,9 +372,9 @@ def test_kernels_that_fail_or_err_are_not_trusted(monkeypatch, attribute, broken
 
 def test_only_known_classes_on_a_gpu_are_supported():
     assert not supports_gpu(ARCHITECTURES["l1"](12, 20))
-    topk = ARCHITECTURES["topk"](12, 20)
+    half = ARCHITECTURES["l1"](12, 20).half()
     with pytest.raises(AssertionError, match="no GPU step"):
-        GPUStep(topk, make_adam(topk, 1e-3))
+        GPUStep(half, make_adam(half, 1e-3))
 
 
 @runs_kernels
@@ -313,60 +382,3 @@ def test_a_batch_of_another_width_is_refused():
     sae, x = sae_and_batch("l1", 12, 20, 0.2, torch.float32)
     with pytest.raises(UserError, match=r"\(13, 11\).*\(batch, 12\)"):
         GPUStep(sae, make_adam(sae, 1e-2))(x[:, :11], COEFFICIENT.float())
-
-
-# ---- the compiler --------------------------------------------------------------------------
-
-INTEGERS = {"width", "padded_width", "n_tokens", "d_sae", "d_in", "padded_d_in", "n_bits", "size"}
-POINTERS = {
-    **dict.fromkeys(("by_token", "by_feature", "words", "listed", "n_listed"), "*i32"),
-    "rounded": "*bf16",
-    "n_active": "*i64",
-}
-CONSTANTS = {
-    "BLOCK": 512, "ROWS": 4, "TOKENS": 128, "FEATURES": 128, "DEPTH": 64, "FACTOR": "bf16",
-    "LEARNS_THRESHOLD": True, "IS_TIED": False, "HAS_UNIT_NORM": True,
-}  # fmt: skip
-KERNELS = ("round_rows", "screen", "list_bits", "pre_activate", "decode", "accumulate",
-           "update_features", "update_vector")  # fmt: skip
-
-
-def resources(kernel_name: str, capability: int, number: str) -> str:
-    """What the compiled kernel needs, in cuobjdump's words; multiples of 16 as on a real call."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-
-    from sparse_coding.kernels import gpu_triton
-
-    kernel = getattr(gpu_triton, kernel_name)
-    signature, constants, attributes = {}, {}, {}
-    for place, name in enumerate(kernel.arg_names):
-        if name in CONSTANTS:
-            constant = triton.language.bfloat16 if name == "FACTOR" else CONSTANTS[name]
-            signature[name], constants[place,] = "constexpr", constant
-            continue
-        rounded = {"x": "*bf16", "W_enc": "*bf16"} if kernel_name == "screen" else {}
-        signature[name] = "i32" if name in INTEGERS else (POINTERS | rounded).get(name, number)
-        attributes[place,] = [["tt.divisibility", 16]]
-    source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
-    options = {"num_warps": 8 if kernel_name == "screen" else 4}
-    compiled = triton.compile(source, GPUTarget("cuda", capability, 32), options)
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    binary = Path(os.environ["TRITON_CACHE_DIR"]) / "kernel.cubin"
-    binary.write_bytes(compiled.asm["cubin"])
-    listing = subprocess.check_output([tool, "-res-usage", binary], text=True)
-    return f"{listing} shared memory: {compiled.metadata.shared}"
-
-
-@needs_triton
-@pytest.mark.skipif(IS_INTERPRETED, reason="the interpreter replaces the compiler")
-@pytest.mark.parametrize(("capability", "number"), [(80, "*fp32"), (90, "*fp32"), (90, "*fp64")])
-@pytest.mark.parametrize("kernel_name", KERNELS)
-def test_every_kernel_compiles_and_fits(monkeypatch, tmp_path, kernel_name, capability, number):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    if kernel_name == "screen" and number == "*fp64":
-        number = "*fp32"  # its bounds are float32 always
-    listing = resources(kernel_name, capability, number)
-    assert " STACK:0 " in listing, f"registers spill: {listing}"
-    # What a block may have on the smallest Ampere card.
-    assert int(re.search(r"shared memory: (\d+)", listing)[1]) <= 99 * 1024

@@ -104,8 +104,7 @@ def test_auxks_gradients_are_autograds(monkeypatch, architecture, n_dead):
     monkeypatch.setattr(cpu_screen, "CHUNK_BYTES", 0)
     sae, x = make_sae(architecture, 48, 200, 0.05, torch.float64)
     sae.b_enc.data[::DEAD] = 0.0
-    dead = torch.zeros(200, dtype=torch.bool)
-    dead[torch.randperm(200, generator=torch.Generator().manual_seed(1))[:n_dead]] = True
+    dead = torch.randperm(200, generator=torch.Generator().manual_seed(1))[:n_dead]
     expected, fast = twin_steps(sae, ReferenceStep, CPUStep)
     statistics = [step(x, torch.tensor(0.0), dead) for step in (expected, fast)]
     assert difference(expected, fast) < 1e-10

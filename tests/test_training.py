@@ -54,16 +54,18 @@ def test_each_sae_of_a_ladder_ends_bitwise_equal_to_the_same_sae_alone(activatio
 @pytest.mark.parametrize("broken_at", [7, 29, 31])  # before, within and after a resampling pool
 def test_a_resumed_run_ends_bitwise_equal_to_the_unbroken_one(activations, broken_at):
     specs = [spec(), spec("tied_l1", 1, None, 4.0)]
-    specs += [spec(name, 2, None, 3.0) for name in ("topk", "batch_topk", "jumprelu")]
-    unbroken = train(Trainer(specs, config(n_resamples=1), activations[:2000]), activations)
-    first = Trainer(specs, config(n_resamples=1), activations[:2000])
+    specs += [spec(name, 8, None, 1.0) for name in ("topk", "batch_topk", "jumprelu")]
+    cfg = config(n_resamples=1, dead_after_tokens=300)
+    unbroken = train(Trainer(specs, cfg, activations[:2000]), activations)
+    first = Trainer(specs, cfg, activations[:2000])
     train(first, activations, last=broken_at)
     state = {key: value.clone() for key, value in first.state_dict().items()}
-    second = Trainer(specs, config(n_resamples=1), activations[500:2500])
+    second = Trainer(specs, cfg, activations[500:2500])
     second.load_state_dict(state)
     train(second, activations, first=broken_at)
     for key, value in unbroken.state_dict().items():
         assert torch.equal(value, second.state_dict()[key]), key
+    assert len(unbroken.lanes[2].dead.at(1)) > 0  # so that AuxK had something to do
 
 
 def test_a_checkpoint_of_other_saes_is_refused(activations):

@@ -10,7 +10,7 @@ import warnings
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparse_coding.errors import UserError
@@ -39,7 +39,7 @@ class Step(Protocol):
         self,
         x: Float[Tensor, "batch d_in"],
         l1_coeff: Float[Tensor, ""],
-        dead: Bool[Tensor, " d_sae"] | None = None,
+        dead: Int[Tensor, " n_dead"] | None = None,
     ) -> StepStatistics:
         """Update the SAE on scaled activations x; the learning rate is in `optimizer`.
 

@@ -23,13 +23,13 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparse_coding.errors import UserError
-from sparse_coding.kernels import StepStatistics, cpu_features, cpu_tokens
+from sparse_coding.kernels import StepStatistics, cpu_features, cpu_screen, cpu_tokens
 from sparse_coding.kernels import cpu_loops as loops
-from sparse_coding.kernels.cpu_auxiliary import auxiliary_gradients
+from sparse_coding.kernels.auxiliary import auxiliary_gradients
 from sparse_coding.kernels.cpu_dense import dense_gradients
 from sparse_coding.kernels.cpu_screen import Encoder, Memory, multiplies_bfloat16
 from sparse_coding.kernels.reference import ReferenceStep
@@ -88,7 +88,7 @@ class CPUStep:
         self,
         x: Float[Tensor, "batch d_in"],
         l1_coeff: Float[Tensor, ""],
-        dead: Bool[Tensor, " d_sae"] | None = None,
+        dead: Int[Tensor, " n_dead"] | None = None,
     ) -> StepStatistics:
         if x.ndim != 2 or x.shape[1] != self.sae.d_in:
             raise UserError(
@@ -190,15 +190,32 @@ class CPUStep:
         cpu_tokens.decode(starts, active.by_token, batch, model, results)
         penalty_sum = results.penalty.sum(dtype=np.float64)
         extra, aux_sum = cpu_features.no_extra(dtype), 0.0
-        if self.sae.sparsity_is_chosen:
-            if dead is not None and dead.any():
-                extra, aux_sum = auxiliary_gradients(self.sae, batch, results.residual, dead)
+        if self.sae.revives_dead:
+            if dead is not None and len(dead):
+                extra, aux_sum = self._auxiliary(batch, results.residual, dead)
             penalty_sum = aux_sum
         n_active = self._update_sparsely(batch, model, results.residual, active, extra)
         if isinstance(self.sae, JumpReLUSAE):
             penalty_sum = float(n_active.sum())
         self.sae.observe(torch.from_numpy(active.by_token.f))
         return _statistics(batch, results.square.sum(dtype=np.float64), penalty_sum, n_active)
+
+    def _auxiliary(
+        self, batch: loops.Batch, residual: np.ndarray, dead: Tensor
+    ) -> tuple[cpu_features.Extra, float]:
+        gradients = auxiliary_gradients(
+            self.sae,
+            torch.from_numpy(batch.centred),
+            torch.from_numpy(residual),
+            dead,
+            cpu_screen.times_transposed,
+            cpu_screen.CHUNK_BYTES,
+        )
+        row = torch.full((self.sae.d_sae,), -1, dtype=torch.int64)
+        row[dead] = torch.arange(len(dead))
+        arrays = (row, gradients.W_enc, gradients.W_dec, gradients.b_enc)
+        extra = cpu_features.Extra(*(array.numpy() for array in arrays))
+        return extra, gradients.square.item()
 
     def _update_sparsely(
         self,

@@ -4,8 +4,8 @@ A step is, for as many tokens at a time as fit `ENTRY_BYTES`,
 
 1. screen: x W_enc in bfloat16, tile by tile; the tile itself is dropped, one bit per entry says
            whether it may be active, whatever rounding may have hidden included;
-2. decode: the pre-activation of each such entry at full precision, residual, loss, and the
-           gradient by each active entry;
+2. decode: the pre-activation of each such entry at full precision, TopK's choice among them,
+           residual, loss, and the gradient by each active entry; AuxK, where features are dead;
 3. gather: each feature's gradient from its own tokens;
 
 and at the end projection, Adam for every feature (inactive ones too, as in dense Adam) and
@@ -15,7 +15,8 @@ active for this to pay, whole matrix products replace 1 to 3.
 
 No step waits for the device: which way to take follows from how many entries were active eight
 steps before. All sums have a fixed order, so a run repeats itself; but a resumed one takes its
-first eight steps densely, and may differ from the unbroken one in their rounding.
+first eight steps densely (TopK's density is known beforehand), and may differ from the unbroken
+one in their rounding.
 """
 
 import functools
@@ -25,17 +26,29 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparse_coding.errors import UserError
 from sparse_coding.kernels import StepStatistics, gpu_screen, make_adam
+from sparse_coding.kernels.auxiliary import auxiliary_gradients
 from sparse_coding.kernels.gpu_screen import Listed, Screen, ceil_div, power_of_two
 from sparse_coding.kernels.reference import ReferenceStep
-from sparse_coding.sae import L1SAE, SAE, JumpReLUSAE, NormWeightedL1SAE, TiedL1SAE
+from sparse_coding.sae import (
+    L1SAE,
+    SAE,
+    BatchTopKSAE,
+    JumpReLUSAE,
+    NormWeightedL1SAE,
+    TiedL1SAE,
+    TopKSAE,
+    keep_largest,
+)
 
 ENTRY_BYTES = 2**30
 """Memory for what is kept per entry (token, feature), even if all of them were active."""
+AUXILIARY_BYTES = 2**28
+"""Memory for AuxK's pre-activations, of which four arrays are held."""
 DENSE_ABOVE, SPARSE_BELOW = 0.04, 0.03
 """Densities at which a step becomes dense, and sparse again.
 
@@ -45,8 +58,11 @@ the same time at a density of 0.036.
 """
 ROWS_SIZE = 2048
 """Numbers held at a time of rows of width d_in: 16 per thread, where d_in is up to 1024."""
+KEYS_SIZE = 256
+"""Candidates of one token among which TopK chooses at a time: rarely more than 2 k."""
 LAG = 8
 """Steps after which a count is read: by then the device has long written it."""
+KNOWN = (TiedL1SAE, L1SAE, NormWeightedL1SAE, TopKSAE, BatchTopKSAE, JumpReLUSAE)
 
 
 def supports_gpu(sae: SAE) -> bool:
@@ -61,7 +77,11 @@ def agrees_with_reference(device: torch.device) -> bool:
     Compilers and devices differ, so the kernels are trusted only where they were seen to work.
     """
     try:
-        differences = [_difference(device, is_low) for is_low in (True, False)]
+        differences = [
+            _difference(device, cls, is_low)
+            for cls in (NormWeightedL1SAE, TopKSAE)
+            for is_low in (True, False)
+        ]
     except Exception as error:  # whatever Triton or the driver raises: the reference still runs
         differences, reason = [float("inf")], f"{type(error).__name__}: {error}".splitlines()[0]
     else:
@@ -73,13 +93,13 @@ def agrees_with_reference(device: torch.device) -> bool:
     return agrees
 
 
-def _difference(device: torch.device, is_low: bool) -> float:
+def _difference(device: torch.device, architecture: type[SAE], is_low: bool) -> float:
     """Relative, between the first Adam moments of this step and of the reference's."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(40, 12, generator=generator)
     moments = []
     for cls in (ReferenceStep, GPUStep):
-        sae = NormWeightedL1SAE(12, 70, torch.Generator().manual_seed(1))
+        sae = architecture(12, 70, torch.Generator().manual_seed(1))
         sae.initialise_sparsity(x, 5.0)
         sae = sae.to(device)
         optimizer = make_adam(sae, 1e-3)
@@ -93,8 +113,7 @@ def _difference(device: torch.device, is_low: bool) -> float:
 
 
 def _is_known(sae: SAE) -> bool:
-    is_float = sae.W_dec.dtype in (torch.float32, torch.float64)
-    return is_float and type(sae) in (TiedL1SAE, L1SAE, NormWeightedL1SAE, JumpReLUSAE)
+    return type(sae) in KNOWN and sae.W_dec.dtype in (torch.float32, torch.float64)
 
 
 def _learns_threshold(sae: SAE) -> bool:
@@ -116,7 +135,7 @@ class _Batch(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """What a step adds up over the tokens of its batch; by feature, but for the last two."""
+    """What a step adds up over the tokens of its batch; by feature, but for the last three."""
 
     W_dec: Tensor
     """The squared error's gradient by W_dec, without the penalty's."""
@@ -128,6 +147,8 @@ class _Sums(NamedTuple):
     n_active: Tensor
     residual: Tensor
     square: Tensor
+    auxiliary: Tensor
+    """AuxK's squared error."""
 
 
 class PastDensity:
@@ -169,7 +190,8 @@ class GPUStep:
 
         self.sae, self.optimizer = sae, optimizer
         self._kernels = gpu_triton
-        self._density = PastDensity(sae.W_dec.device)
+        is_low = isinstance(sae, TopKSAE) and sae.k < SPARSE_BELOW * sae.d_sae
+        self._density = PastDensity(sae.W_dec.device, is_low)
         block = power_of_two(sae.d_in)
         self._row = {"BLOCK": block, "num_warps": min(16, max(4, block // 256))}
         self._rows = {"ROWS": max(1, ROWS_SIZE // block), **self._row}
@@ -185,7 +207,7 @@ class GPUStep:
         self,
         x: Float[Tensor, "batch d_in"],
         l1_coeff: Float[Tensor, ""],
-        dead: Bool[Tensor, " d_sae"] | None = None,
+        dead: Int[Tensor, " n_dead"] | None = None,
     ) -> StepStatistics:
         if x.ndim != 2 or x.shape[1] != self.sae.d_in:
             raise UserError(
@@ -195,11 +217,15 @@ class GPUStep:
         with torch.cuda.device_of(x):  # where Triton launches
             batch, sums = self._batch(x, l1_coeff), self._no_sums()
             screen = self._screen(batch) if self._density.is_low() else None
+            if isinstance(self.sae, BatchTopKSAE):
+                batch = self._with_batch_threshold(batch, screen)
             for tokens in self._sub_batches(len(x)):
                 if screen is None:
-                    self._add_densely(batch, tokens, sums)
+                    residual = self._add_densely(batch, tokens, sums)
                 else:
-                    self._add_sparsely(batch, tokens, screen, sums)
+                    residual = self._add_sparsely(batch, tokens, screen, sums)
+                if self.sae.revives_dead and dead is not None and len(dead):
+                    self._add_auxiliary(batch, tokens, residual, dead, sums)
             self._update(batch, sums)
             self._density.record(sums.n_active.sum(), len(x) * self.sae.d_sae)
             return self._statistics(batch, sums)
@@ -218,10 +244,10 @@ class GPUStep:
         steps = [self.optimizer.state[parameter]["step"] for parameter in sae.parameters()]
         torch._foreach_add_(steps, 1)
         corrections = 1 - self._betas ** steps[0].double()
-        scale = l1_coeff.to(corrections) / n_tokens
-        scales = torch.zeros(4, dtype=scale.dtype, device=scale.device)
+        scales = torch.zeros(4, dtype=corrections.dtype, device=corrections.device)
         scales[0].fill_(2 / n_tokens)
-        scales[1 + _learns_threshold(sae)].copy_(scale)
+        if not sae.sparsity_is_chosen:
+            scales[1 + _learns_threshold(sae)].copy_(l1_coeff / n_tokens)
         if _learns_threshold(sae):
             scales[3].fill_(sae.bandwidth)
         step_sizes = [group["lr"] / corrections[:1] for group in groups]
@@ -238,7 +264,7 @@ class GPUStep:
             *by_feature,
             torch.zeros_like(features, dtype=torch.int64),
             torch.zeros_like(self.sae.b_dec),
-            torch.zeros((), dtype=torch.float64, device=W_dec.device),
+            *torch.zeros(2, dtype=torch.float64, device=W_dec.device),
         )
 
     def _sub_batches(self, n_tokens: int) -> Iterator[slice]:
@@ -249,14 +275,49 @@ class GPUStep:
         for start in range(0, n_tokens, size):
             yield slice(start, min(start + size, n_tokens))
 
+    def _add_auxiliary(
+        self, batch: _Batch, tokens: slice, residual: Tensor, dead: Tensor, sums: _Sums
+    ) -> None:
+        centred = batch.centred[tokens]
+        gradients = auxiliary_gradients(
+            self.sae, centred, residual, dead, lambda a, b: a @ b.T, AUXILIARY_BYTES
+        )
+        share = len(centred) / len(batch.x)
+        for total, rows in zip((sums.W_enc, sums.W_dec, sums.b_enc), gradients[:3], strict=True):
+            total.index_add_(0, dead, rows, alpha=share)
+        sums.auxiliary.add_(gradients.square)
+
+    def _with_batch_threshold(self, batch: _Batch, screen: Screen | None) -> _Batch:
+        """A batch whose threshold lets the k * batch largest pass; BatchTopK's own one learns.
+
+        Equal pre-activations at the edge pass all of them.
+        """
+        sae, largest = self.sae, batch.x.new_empty(0)
+        n_kept = sae.k * len(batch.x)
+        for tokens in self._sub_batches(len(batch.x)):
+            if screen is None:
+                pre = torch.addmm(sae.b_enc, batch.centred[tokens], sae.W_enc)
+            else:
+                pre = batch.x.new_full((tokens.stop - tokens.start, sae.d_sae), -torch.inf)
+                self._pre_activate(batch, tokens, screen.entries(tokens).by_token, pre)
+            largest = torch.cat([largest, pre.flatten().topk(min(n_kept, pre.numel())).values])
+            largest = largest.topk(min(n_kept, len(largest)), sorted=False).values
+        sae.observe(largest.relu())
+        below = largest.amin().nextafter(largest.new_full((), -torch.inf))
+        return batch._replace(threshold=below.clamp(min=0).expand(sae.d_sae).contiguous())
+
     # ---- sparse ----------------------------------------------------------------------------
 
     def _screen(self, batch: _Batch) -> Screen:
         sae = self.sae
         floor = batch.threshold - sae.bandwidth / 2 if _learns_threshold(sae) else batch.threshold
-        return Screen(self._kernels, batch.centred, sae.W_enc.T, sae.b_enc, floor)
+        screen = Screen(self._kernels, batch.centred, sae.W_enc.T, sae.b_enc, floor)
+        if isinstance(sae, TopKSAE):
+            screen.raise_floors(sae.k, is_shared=isinstance(sae, BatchTopKSAE))
+        return screen
 
-    def _add_sparsely(self, batch: _Batch, tokens: slice, screen: Screen, sums: _Sums) -> None:
+    def _add_sparsely(self, batch: _Batch, tokens: slice, screen: Screen, sums: _Sums) -> Tensor:
+        """Add the gradients of some tokens; returns the residual."""
         sae, n_tokens = self.sae, tokens.stop - tokens.start
         entries = screen.entries(tokens)
         decoded = self._decode(batch, tokens, entries.by_token, sums)
@@ -273,6 +334,15 @@ class GPUStep:
             LEARNS_THRESHOLD=_learns_threshold(sae),
             **self._rows,
         )
+        return decoded[0]
+
+    def _pre_activate(self, batch: _Batch, tokens: slice, features: Listed, pre: Tensor) -> None:
+        """Write the listed entries' pre-activations to `pre` (tokens, d_sae)."""
+        sae, (n_tokens, d_sae) = self.sae, pre.shape
+        centred = batch.centred[tokens]
+        self._kernels.pre_activate[(n_tokens,)](
+            centred, sae.W_enc, sae.b_enc, *features, pre, sae.d_in, d_sae, **self._rows
+        )
 
     def _decode(
         self, batch: _Batch, tokens: slice, features: Listed, sums: _Sums
@@ -283,9 +353,11 @@ class GPUStep:
         pre, gradient = (x.new_empty(len(x), sae.d_sae) for _ in range(2))
         residual, square = torch.empty_like(x), torch.empty_like(x[:, 0])
         sizes = sae.d_in, sae.d_sae
-        kernels.pre_activate[grid](
-            batch.centred[tokens], sae.W_enc, sae.b_enc, *features, pre, *sizes, **self._rows
-        )
+        self._pre_activate(batch, tokens, features, pre)
+        if type(sae) is TopKSAE:
+            bits = 8 * pre.element_size()
+            block = min(KEYS_SIZE, power_of_two(sae.d_sae))
+            kernels.silence_all_but[grid](*features, pre, sae.k, sae.d_sae, BLOCK=block, BITS=bits)
         rule = batch.threshold, batch.penalty, batch.scalars
         results = residual, pre, gradient
         kernels.decode[grid](
@@ -297,12 +369,14 @@ class GPUStep:
 
     # ---- dense -----------------------------------------------------------------------------
 
-    def _add_densely(self, batch: _Batch, tokens: slice, sums: _Sums) -> None:
+    def _add_densely(self, batch: _Batch, tokens: slice, sums: _Sums) -> Tensor:
         """The same mathematics on whole matrices, without an autograd graph."""
         sae = self.sae
         x, centred = batch.x[tokens], batch.centred[tokens]
         error_scale, penalty_scale, step_scale, bandwidth = batch.scalars[0, 5:]
         pre = torch.addmm(sae.b_enc, centred, sae.W_enc)
+        if type(sae) is TopKSAE:
+            pre = keep_largest(pre, sae.k)
         is_silent = pre <= batch.threshold
         f = pre.masked_fill(is_silent, 0)
         residual = torch.addmm(sae.b_dec, f, sae.W_dec) - x
@@ -319,6 +393,7 @@ class GPUStep:
         sums.n_active.add_(len(x) - is_silent.sum(dim=0))
         sums.residual.add_(residual.sum(dim=0))
         sums.square.add_(residual.square().sum(dtype=torch.float64))
+        return residual
 
     # ---- both ------------------------------------------------------------------------------
 
@@ -358,6 +433,8 @@ class GPUStep:
     def _statistics(self, batch: _Batch, sums: _Sums) -> StepStatistics:
         if _learns_threshold(self.sae):
             penalty = sums.n_active.sum().double()
+        elif self.sae.sparsity_is_chosen:
+            penalty = sums.auxiliary
         else:
             penalty = sums.f.double() @ batch.penalty.double()
         mse, penalty = (torch.stack([sums.square, penalty]) / len(batch.x)).to(batch.x.dtype)

@@ -10,10 +10,13 @@ add at most 2 d_in eps |x| |w|. So an entry above its feature's floor (0 for a R
 bandwidth below the threshold for JumpReLU) always has
 
     product[token, feature]  >=  lowest[feature] - margin[token] * norm[feature].
+
+Where only a token's k largest matter, the same bounds give a floor of its own to each token
+(`Screen.raise_floors`).
 """
 
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,9 +67,11 @@ class Screen:
         sums = 2 * (centred.shape[1] + 8) * precision
         # The last factor is for the rounding of the norms themselves.
         margin = (x.error + (W_error + sums) * (x.norm + x.error)) * 1.01
-        lowest = floor - b_enc - 4 * precision * (floor.abs() + b_enc.abs())
-        self._x, self._W = x.rows, W.rows
+        self._slack = 4 * precision
+        lowest = floor - b_enc - self._slack * (floor.abs() + b_enc.abs())
+        self._x, self._W, self._b_enc = x.rows, W.rows, b_enc.float()
         self._margin, self._norm, self._lowest = margin.float(), norm.float(), lowest.float()
+        self._floor = torch.full_like(self._margin, -torch.inf)
 
     def _rounded(self, rows: Tensor, tile: int) -> _Rounded:
         """Padded with zeros to whole tiles, so that the product needs no masks."""
@@ -81,20 +86,53 @@ class Screen:
         )
         return _Rounded(rounded, norm, error)
 
+    def raise_floors(self, k: int, is_shared: bool) -> None:
+        """Rule out what is not among a token's k largest, or if shared the k * batch of all.
+
+        The largest entry of a group of features is at least its lower bound, so the k-th largest
+        of all groups' bounds is at most the k-th largest entry. With four groups or more for each
+        of the k, hardly more than k entries pass.
+        """
+        n_tokens, d_sae = len(self._margin), len(self._norm)
+        group = min(TILE_FEATURES, power_of_two(d_sae // (4 * k) // 2 + 1))
+        peak = self._margin.new_empty(n_tokens, ceil_div(d_sae, group))
+        bias = self._b_enc - self._slack * self._b_enc.abs()
+        vectors = self._margin, bias, self._norm
+        self._launch(self._kernels.peaks, self._x, vectors, (peak,), n_tokens, GROUP=group)
+        if is_shared:
+            edge = peak.flatten().topk(k * n_tokens, sorted=False).values.amin()
+        else:
+            edge = peak.topk(k, dim=1, sorted=False).values.amin(dim=1)
+        self._floor.copy_(edge - self._slack * edge.abs())
+
     def entries(self, tokens: slice) -> Entries:
         """The entries of some tokens, which start at a multiple of `TILE_TOKENS`."""
         n_tokens, d_sae = tokens.stop - tokens.start, len(self._norm)
         like = {"dtype": torch.int32, "device": self._x.device}
         by_token = torch.empty(n_tokens, ceil_div(d_sae, 32), **like)
         by_feature = torch.empty(d_sae, ceil_div(n_tokens, 32), **like)
-        self._kernels.screen[ceil_div(n_tokens, TILE_TOKENS), ceil_div(d_sae, TILE_FEATURES)](
-            self._x[tokens.start :],
+        bias = self._b_enc + self._slack * self._b_enc.abs()
+        vectors = self._margin[tokens], self._lowest, bias, self._norm, self._floor[tokens]
+        results = by_token, by_feature
+        self._launch(self._kernels.screen, self._x[tokens.start :], vectors, results, n_tokens)
+        return Entries(self._listed(by_token, d_sae), self._listed(by_feature, n_tokens))
+
+    def _launch(
+        self,
+        kernel: Any,
+        x: Tensor,
+        vectors: tuple[Tensor, ...],
+        results: tuple[Tensor, ...],
+        n_tokens: int,
+        **constants: int,
+    ) -> None:
+        """A kernel on every tile of the product of some rounded tokens with all features."""
+        d_sae = len(self._norm)
+        kernel[ceil_div(n_tokens, TILE_TOKENS), ceil_div(d_sae, TILE_FEATURES)](
+            x,
             self._W,
-            self._margin[tokens],
-            self._lowest,
-            self._norm,
-            by_token,
-            by_feature,
+            *vectors,
+            *results,
             n_tokens,
             d_sae,
             self._x.shape[1],
@@ -103,8 +141,8 @@ class Screen:
             DEPTH=TILE_DEPTH,
             FACTOR=self._kernels.factor_dtype(self._x.is_cuda),
             num_warps=8,
+            **constants,
         )
-        return Entries(self._listed(by_token, d_sae), self._listed(by_feature, n_tokens))
 
     def _listed(self, words: Tensor, n_bits: int) -> Listed:
         n_rows, n_words = words.shape

@@ -104,17 +104,11 @@ def store_bits(flags, words, rows, n_rows, first_bit, n_bits, BITS: tl.constexpr
 
 
 @compiled
-def screen(
-    x, W_enc, margin, lowest, norm, by_token, by_feature, n_tokens, d_sae, padded_d_in,
+def product_of_tile(
+    x, W_enc, tokens, features, padded_d_in,
     TOKENS: tl.constexpr, FEATURES: tl.constexpr, DEPTH: tl.constexpr, FACTOR: tl.constexpr,
 ):  # fmt: skip
-    """Flag the entries of a tile that may be active, as words of 32 features and of 32 tokens.
-
-    x (n_tokens, padded_d_in) and W_enc (d_sae, padded_d_in) are rounded; rows beyond their ends
-    must be readable. The product itself is not kept.
-    """
-    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    features = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
+    """x W_enc^T of a tile, from rounded rows; rows beyond the matrices' ends must be readable."""
     columns = tl.arange(0, DEPTH)
     x += tokens.to(tl.int64)[:, None] * padded_d_in + columns[None, :]
     W_enc += features.to(tl.int64)[None, :] * padded_d_in + columns[:, None]
@@ -123,8 +117,52 @@ def screen(
         product = tl.dot(tl.load(x).to(FACTOR), tl.load(W_enc).to(FACTOR), product)
         x += DEPTH
         W_enc += DEPTH
+    return product
+
+
+@compiled
+def peaks(
+    x, W_enc, margin, bias, norm, peak, n_tokens, d_sae, padded_d_in,
+    TOKENS: tl.constexpr, FEATURES: tl.constexpr, DEPTH: tl.constexpr, FACTOR: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """A lower bound of the largest pre-activation in each group of features, token by token."""
+    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    features = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
+    bound = product_of_tile(
+        x, W_enc, tokens, features, padded_d_in, TOKENS, FEATURES, DEPTH, FACTOR
+    )
     is_token, is_feature = tokens < n_tokens, features < d_sae
-    edge = tl.load(lowest + features, mask=is_feature, other=0.0)[None, :]
+    bound += tl.load(bias + features, mask=is_feature, other=0.0)[None, :]
+    reach = tl.load(norm + features, mask=is_feature, other=0.0)[None, :]
+    bound -= tl.load(margin + tokens, mask=is_token, other=0.0)[:, None] * reach
+    bound = tl.where(is_feature[None, :], bound, -float("inf"))
+    largest = tl.max(tl.reshape(bound, (TOKENS, FEATURES // GROUP, GROUP)), 2)
+    groups = tl.program_id(1) * (FEATURES // GROUP) + tl.arange(0, FEATURES // GROUP)
+    n_groups = tl.cdiv(d_sae, GROUP)
+    pointers = peak + tokens.to(tl.int64)[:, None] * n_groups + groups[None, :]
+    tl.store(pointers, largest, mask=is_token[:, None] & (groups < n_groups)[None, :])
+
+
+@compiled
+def screen(
+    x, W_enc, margin, lowest, bias, norm, floor, by_token, by_feature, n_tokens, d_sae,
+    padded_d_in,
+    TOKENS: tl.constexpr, FEATURES: tl.constexpr, DEPTH: tl.constexpr, FACTOR: tl.constexpr,
+):  # fmt: skip
+    """Flag the entries of a tile that may be active, as words of 32 features and of 32 tokens.
+
+    The product itself is not kept.
+    """
+    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    features = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
+    product = product_of_tile(
+        x, W_enc, tokens, features, padded_d_in, TOKENS, FEATURES, DEPTH, FACTOR
+    )
+    is_token, is_feature = tokens < n_tokens, features < d_sae
+    edge = tl.load(floor + tokens, mask=is_token, other=0.0)[:, None]
+    edge -= tl.load(bias + features, mask=is_feature, other=0.0)[None, :]
+    edge = tl.maximum(edge, tl.load(lowest + features, mask=is_feature, other=0.0)[None, :])
     reach = tl.load(norm + features, mask=is_feature, other=0.0)[None, :]
     edge -= tl.load(margin + tokens, mask=is_token, other=0.0)[:, None] * reach
     flags = ~(product < edge) & is_token[:, None] & is_feature[None, :]
@@ -177,6 +215,66 @@ def pre_activate(
         weights = load_rows(W_enc, features, is_listed, columns, d_in)
         value = tl.sum(weights * row[None, :], 1) + tl.load(b_enc + features)
         tl.store(pre + token * d_sae + features, value, mask=is_listed)
+
+
+@compiled
+def order(value):
+    """Integers that are ordered as floats are, NaN above all."""
+    if value.dtype == tl.float64:
+        bits = value.to(tl.int64, bitcast=True)
+        key = bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)
+        key = tl.where(value == value, key, 0x7FFFFFFFFFFFFFFF)
+    else:
+        bits = value.to(tl.int32, bitcast=True)
+        key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+        key = tl.where(value == value, key, 0x7FFFFFFF)
+    return key
+
+
+@compiled
+def load_keys(listed, n, pre, first, BLOCK: tl.constexpr):
+    """Places in a token's row of `pre` of its listed features, their keys, and which exist."""
+    slots = first + tl.arange(0, BLOCK)
+    is_listed = slots < n
+    features = tl.load(listed + slots, mask=is_listed, other=0)
+    keys = order(tl.load(pre + features, mask=is_listed, other=-float("inf")))
+    return features, keys, is_listed
+
+
+@compiled
+def silence_all_but(listed, n_listed, pre, k, d_sae, BLOCK: tl.constexpr, BITS: tl.constexpr):
+    """Leave a token its k largest listed pre-activations, -inf at the others; ties: the first.
+
+    The k-th largest is found bit by bit, from the highest: a bit belongs to it if at least k keys
+    reach what the bits so far make.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    listed += token * d_sae
+    pre += token * d_sae
+    n = tl.load(n_listed + token)
+    if n > k:
+        key = order(tl.load(pre))
+        one = (key ^ key) + 1
+        edge = one << (BITS - 1)  # the lowest integer
+        for place in range(BITS):
+            candidate = edge ^ (one << (BITS - 1 - place))
+            n_above = 0
+            for first in range(0, n, BLOCK):
+                features, keys, is_listed = load_keys(listed, n, pre, first, BLOCK)
+                n_above += tl.sum(((keys >= candidate) & is_listed).to(tl.int32), 0)
+            edge = tl.where(n_above >= k, candidate, edge)
+        n_above = 0
+        for first in range(0, n, BLOCK):
+            features, keys, is_listed = load_keys(listed, n, pre, first, BLOCK)
+            n_above += tl.sum(((keys > edge) & is_listed).to(tl.int32), 0)
+        n_tied = 0
+        for first in range(0, n, BLOCK):
+            features, keys, is_listed = load_keys(listed, n, pre, first, BLOCK)
+            is_tied = ((keys == edge) & is_listed).to(tl.int32)
+            is_late = n_tied + tl.cumsum(is_tied, 0) > k - n_above
+            is_silent = (keys < edge) | ((is_tied == 1) & is_late)
+            tl.store(pre + features, -float("inf"), mask=is_listed & is_silent)
+            n_tied += tl.sum(is_tied, 0)
 
 
 @compiled

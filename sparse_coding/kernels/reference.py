@@ -1,7 +1,7 @@
 """The reference step: the SAE's own loss, autograd, torch's fused Adam. What others must equal."""
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparse_coding.kernels import StepStatistics
@@ -18,7 +18,7 @@ class ReferenceStep:
         self,
         x: Float[Tensor, "batch d_in"],
         l1_coeff: Float[Tensor, ""],
-        dead: Bool[Tensor, " d_sae"] | None = None,
+        dead: Int[Tensor, " n_dead"] | None = None,
     ) -> StepStatistics:
         loss = self.sae.loss(x, l1_coeff, dead)
         self.optimizer.zero_grad()

@@ -1,0 +1,150 @@
+"""What every sparse autoencoder has: parameters, loss, start, constraint, units."""
+
+from typing import ClassVar, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sparse_coding.dictionary import Dictionary
+
+
+class Loss(NamedTuple):
+    """What one batch costs: `total = mse + coefficient * penalty`."""
+
+    total: Float[Tensor, ""]
+    mse: Float[Tensor, ""]
+    """Squared error, summed over d_in, mean over the batch."""
+    penalty: Float[Tensor, ""]
+    """Mean over the batch of sum_i f_i * ||W_dec[i]||, or of what the class has instead."""
+    f: Float[Tensor, "batch d_sae"]
+
+
+class SAE(Dictionary):
+    """A trainable dictionary, here with a ReLU; subclasses state their paper's formulas.
+
+    W_enc is stored feature-major (its transpose is contiguous): everything that treats one
+    feature at a time then reads consecutive memory, in the encoder as in the decoder.
+    """
+
+    name: ClassVar[str]
+    subtracts_b_dec: ClassVar[bool] = True
+    has_unit_norm_rows: ClassVar[bool] = True
+    resamples_dead: ClassVar[bool] = False
+    revives_dead: ClassVar[bool] = False
+    """Whether `loss` has a term for features that have been silent for long."""
+    sparsity_is_chosen: ClassVar[bool] = False
+    """Whether L0 is a number `k` of the class instead of what a coefficient leads to."""
+    lr_factors: ClassVar[dict[str, float]] = {}
+    """Parameters that learn at a multiple of the learning rate."""
+
+    def __init__(self, d_in: int, d_sae: int, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.d_in, self.d_sae = d_in, d_sae
+        rows = torch.randn(d_sae, d_in, generator=generator)
+        rows /= rows.norm(dim=1, keepdim=True)
+        self.W_dec = nn.Parameter(rows)
+        self.b_enc = nn.Parameter(torch.zeros(d_sae))
+        self.b_dec = nn.Parameter(torch.zeros(d_in))
+
+    def pre_activations(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """What the ReLU sees; linear in x."""
+        centred = x - self.b_dec if self.subtracts_b_dec else x
+        return centred @ self.W_enc + self.b_enc
+
+    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        return torch.relu(self.pre_activations(x))
+
+    def decode(self, f: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
+        return f @ self.W_dec + self.b_dec
+
+    def loss(
+        self,
+        x: Float[Tensor, "batch d_in"],
+        l1_coeff: Float[Tensor, ""] | float,
+        dead: Int[Tensor, " n_dead"] | None = None,
+    ) -> Loss:
+        """The training loss of a batch of scaled activations.
+
+        `dead`: features that have been silent for long, where the loss revives them.
+        """
+        f = self.encode(x)
+        mse = (x - self.decode(f)).square().sum(dim=1).mean()
+        penalty = self.sparsity(f).mean()
+        return Loss(mse + l1_coeff * penalty, mse, penalty, f)
+
+    def sparsity(self, f: Float[Tensor, "batch d_sae"]) -> Float[Tensor, " batch"]:
+        """The L1 penalty per row; decoder rows have unit norm unless a subclass says otherwise."""
+        return f.sum(dim=1)
+
+    @torch.no_grad()
+    def initialise_centre(self, mean: Float[Tensor, " d_in"]) -> None:
+        """Start from the data's mean (scaled units), so that x - mean is what gets encoded."""
+        self.b_dec.copy_(mean)
+
+    @torch.no_grad()
+    def initialise_sparsity(
+        self,
+        x: Float[Tensor, "batch d_in"],
+        l0: float,
+        features: Int[Tensor, " chosen"] | None = None,
+    ) -> None:
+        """Lower the biases until each feature fires on a share l0 / d_sae of the rows of x.
+
+        With zero biases a ReLU dictionary starts by firing half of its features on every token:
+        at ratio 32 its first reconstruction is many times too large, and a run of a few hundred
+        steps never recovers. None of the three papers does this. Biases are never raised, so
+        l0 >= d_sae / 2 or so changes nothing. A feature is left at least one row: one that is
+        silent on all of them would have no gradient. `features` restricts it (all by default).
+        """
+        if features is None:
+            features = torch.arange(self.d_sae, device=x.device)
+        n_firing = max(1, round(len(x) * l0 / self.d_sae))
+        if n_firing >= len(x):
+            return
+        centred = x - self.b_dec if self.subtracts_b_dec else x
+        for chunk in features.split(1024):
+            # One feature a row: selecting down columns takes ten times as long.
+            pre = self.W_enc.T[chunk] @ centred.T + self.b_enc[chunk, None]
+            # Between the last row to fire and the first not to: rounding moves neither across.
+            edge = pre.topk(n_firing + 1, dim=1).values[:, -2:].mean(dim=1)
+            self._silence(chunk, edge)
+
+    def _silence(self, features: Int[Tensor, " chosen"], pre: Float[Tensor, " chosen"]) -> None:
+        """Make features silent up to these pre-activations; never make one fire more."""
+        self.b_enc[features] -= pre.clamp(min=0)
+
+    def observe(self, f: Float[Tensor, "..."]) -> None:
+        """Learn from a step's activations other than by gradient; zeros may be missing."""
+
+    @torch.no_grad()
+    def project_gradient(self) -> None:
+        """Remove from the decoder's gradient what would change a row's norm."""
+        if self.has_unit_norm_rows:
+            parallel = (self.W_dec.grad * self.W_dec).sum(dim=1, keepdim=True)
+            self.W_dec.grad -= parallel * self.W_dec
+
+    @torch.no_grad()
+    def normalise(self) -> None:
+        """Set every decoder row back to norm 1 (after the optimizer's step)."""
+        if self.has_unit_norm_rows:
+            self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)
+
+    @torch.no_grad()
+    def fold_scale(self, scale: float) -> None:
+        """Rewrite an SAE of `scale * x` as one of x: `decode(encode(x))` is in raw units.
+
+        The ReLU is positively homogeneous, relu(s z) = s relu(z), so dividing the biases by the
+        scale suffices: the directions, unit norms and ties stay as trained, and a feature's
+        activation becomes f / scale, in the units of x. `fold_scale(1 / scale)` undoes it.
+        """
+        self.b_enc /= scale
+        self.b_dec /= scale
+
+
+class UntiedSAE(SAE):
+    """Adds an encoder matrix of its own, started at the decoder's transpose."""
+
+    def __init__(self, d_in: int, d_sae: int, generator: torch.Generator | None = None) -> None:
+        super().__init__(d_in, d_sae, generator)
+        self.W_enc = nn.Parameter(self.W_dec.detach().clone().T)
