@@ -42,17 +42,16 @@ from sparse_coding.cache import CachedActivations
 from sparse_coding.config import as_json, environment
 from sparse_coding.errors import UserError, report_user_errors_in_one_line
 from sparse_coding.harvest import (
-    NORM_SAMPLE_TOKENS,
     AlignedSources,
     KeptRows,
     Rows,
+    Seen,
     activations,
     harvest_to_cache,
     take_sample,
 )
 from sparse_coding.models import LanguageModel
 from sparse_coding.storage import write_json
-from sparse_coding.text import TokenBatch
 from sparse_coding.training import Trainer, TrainingConfig, ladder
 
 
@@ -81,13 +80,13 @@ class Config:
 
 
 class TimedRows(Rows):
-    """`Rows` that count the seconds spent in `keep`."""
+    """`Rows` that count the seconds spent in `keep`, the model's not among them."""
 
     keep_s = 0.0
 
-    def keep(self, batch: TokenBatch) -> KeptRows:
+    def keep(self, seen: Seen) -> KeptRows:
         start = time.perf_counter()
-        kept = super().keep(batch)
+        kept = super().keep(seen)
         self.keep_s += time.perf_counter() - start
         return kept
 
@@ -123,13 +122,8 @@ def forward_alone(cfg: Config, read: Reading) -> tuple[int, float]:
 
 def our_stages(cfg: Config, read: Reading) -> tuple[int, dict[str, float]]:
     """Activations made, and seconds by stage from text to training."""
-    clocks: list[Clock] = []
-
-    def token_batches() -> Clock:
-        clocks.append(Clock(read.token_batches("train")))
-        return clocks[-1]
-
-    rows = TimedRows(read.lm, token_batches, [read.hook_name])
+    clock = Clock(read.token_batches("train"))
+    rows = TimedRows(read.lm, lambda: clock, [read.hook_name])
     with tempfile.TemporaryDirectory() as folder:
         with timed_forward(read.lm) as forwards:
             start = time.perf_counter()
@@ -138,16 +132,15 @@ def our_stages(cfg: Config, read: Reading) -> tuple[int, dict[str, float]]:
         source = CachedActivations(cache, read.hook_name, cfg.batch_tokens, seed=0, n_epochs=1)
         read_s, train_s = train_seconds(cfg, AlignedSources({read.hook_name: source}))
     forward_s = sum(forwards[1:])  # the first, of one token, asks for the hook's width
-    harvested, sampled = clocks  # the sample for the norm limit is taken inside the first keep
     seconds = {
-        "tokenise": harvested.seconds + sampled.seconds,
+        "tokenise": clock.seconds,
         "forward": forward_s,
-        "filter": rows.keep_s - sampled.seconds - forward_s,
-        "write": harvest_s - rows.keep_s - harvested.seconds,
+        "filter": rows.keep_s,
+        "write": harvest_s - rows.keep_s - forward_s - clock.seconds,
         "read": read_s,
         "train": train_s,
     }
-    return rows.n_valid + NORM_SAMPLE_TOKENS, seconds
+    return rows.n_valid, seconds
 
 
 def train_seconds(cfg: Config, sources: AlignedSources) -> tuple[float, float]:

@@ -54,7 +54,6 @@ from sparse_coding.config import as_json, environment
 from sparse_coding.errors import UserError, report_user_errors_in_one_line
 from sparse_coding.evaluation import take_tokens
 from sparse_coding.harvest import (
-    NORM_SAMPLE_TOKENS,
     AlignedSources,
     Rows,
     harvest_to_cache,
@@ -149,7 +148,7 @@ def run_ours(work: Work) -> tuple[Outcome, Trainer, Rows]:
             trainer.step(batch[read.hook_name])
         saes = list(trainer.finished_saes().values())
         train_s = time.perf_counter() - start
-    n_harvested = rows.n_valid + min(NORM_SAMPLE_TOKENS, 2 * n_tokens)
+    n_harvested = rows.n_valid
     return Outcome(harvest_s, train_s, n_harvested, saes), trainer, rows
 
 
@@ -267,7 +266,7 @@ def check(cfg: Config) -> None:
 def heldout(work: Work, rows: Rows) -> Float[Tensor, "n d_in"]:
     """Held-out activations that the harvest's rule keeps, in float32."""
     batches = take_tokens(work.read.token_batches("heldout"), work.cfg.n_tokens_eval)
-    kept = [rows.keep(batch).acts[work.read.hook_name].float() for batch in batches]
+    kept = [rows.keep(rows.see(batch)).acts[work.read.hook_name].float() for batch in batches]
     return torch.cat(kept)[: work.cfg.n_tokens_eval]
 
 

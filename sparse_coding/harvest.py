@@ -5,6 +5,7 @@ which rows count, here and in every measurement: `kept_rows`.
 """
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
@@ -70,15 +71,21 @@ def kept_rows(
     return valid & (acts.float().norm(dim=-1) <= max_norm)
 
 
-def measure_max_norms(
-    lm: LanguageModel, batches: Iterable[TokenBatch], hook_names: Sequence[str]
-) -> dict[str, float]:
-    """Per hook, 10 x the median norm of the first 8192 or more valid rows."""
-    norms: dict[str, list[Tensor]] = {name: [] for name in hook_names}
-    n = 0
-    for batch in batches:
-        for name, acts in activations(lm, batch.tokens, hook_names).items():
-            norms[name].append(acts[batch.valid.to(acts.device)].float().norm(dim=-1))
+class Seen(NamedTuple):
+    """One batch of contexts and what the hooks hold on it, all rows."""
+
+    batch: TokenBatch
+    acts: dict[str, Float[Tensor, "contexts position _"]]
+
+
+def measure_max_norms(seen: Iterable[Seen]) -> dict[str, float]:
+    """Per hook, 10 x the median norm of the first 8192 or more valid rows; reads no further."""
+    norms: dict[str, list[Tensor]] = {}
+    n, dtype = 0, None
+    for batch, acts in seen:
+        for name, x in acts.items():
+            dtype, valid = x.dtype, batch.valid.to(x.device)
+            norms.setdefault(name, []).append(x[valid].float().norm(dim=-1))
         n += int(batch.valid.sum())
         if n >= NORM_SAMPLE_TOKENS:
             break
@@ -88,7 +95,7 @@ def measure_max_norms(
     for name, median in medians.items():
         if not math.isfinite(median):
             raise UserError(
-                f"{name} gives activations that are not finite in {lm.dtype}: run the model in "
+                f"{name} gives activations that are not finite in {dtype}: run the model in "
                 "bfloat16 or float32 (--dtype)"
             )
     return {name: MAX_NORM_RATIO * median for name, median in medians.items()}
@@ -124,16 +131,25 @@ class Rows:
     @cached_property
     def max_norms(self) -> dict[str, float]:
         """Norm limit per hook, measured at the first use unless a cache brought it along."""
-        return measure_max_norms(self.lm, self.make_batches(), self.hook_names)
+        return measure_max_norms(map(self.see, self.make_batches()))
 
     def __iter__(self) -> Iterator[KeptRows]:
         """One pass over the text."""
         self.n_valid = self.n_dropped = 0
-        return map(self.keep, self.make_batches())
+        seen = map(self.see, self.make_batches())
+        if "max_norms" not in vars(self):
+            seen, sample = itertools.tee(seen)  # the limits need no pass of their own
+            self.max_norms = measure_max_norms(sample)
+            del sample
+        yield from map(self.keep, seen)
 
-    def keep(self, batch: TokenBatch) -> KeptRows:
-        """The rows of one batch of contexts."""
-        acts = activations(self.lm, batch.tokens, self.hook_names)
+    def see(self, batch: TokenBatch) -> Seen:
+        """Run the model on one batch of contexts."""
+        return Seen(batch, activations(self.lm, batch.tokens, self.hook_names))
+
+    def keep(self, seen: Seen) -> KeptRows:
+        """The rows of a batch that count."""
+        batch, acts = seen
         valid = batch.valid.to(self.lm.device)
         keep = valid
         for name in self.hook_names:
@@ -275,7 +291,7 @@ class StreamingSources:
         parts: dict[str, list[Tensor]] = {name: [] for name in self.rows.hook_names}
         n_rows = n_used = 0
         while n_rows < self.buffer_tokens:
-            acts, tokens, _ = self.rows.keep(next(batches))
+            acts, tokens, _ = self.rows.keep(self.rows.see(next(batches)))
             for name, x in acts.items():
                 parts[name].append(x)
             n_rows += len(tokens)

@@ -15,6 +15,7 @@ from sparse_coding.errors import UserError
 from sparse_coding.harvest import (
     AlignedSources,
     Rows,
+    Seen,
     StreamingSources,
     activations,
     harvest_to_cache,
@@ -158,7 +159,7 @@ def test_the_norm_limit_is_ten_medians_over_valid_rows_of_the_sample(lm, monkeyp
         for name, acts in activations(lm, batch.tokens, HOOKS).items():
             norms[name] += acts[batch.valid].double().norm(dim=-1).tolist()
     assert 40 <= len(norms[LATE]) < 60
-    for name, limit in measure_max_norms(lm, token_batches(), HOOKS).items():
+    for name, limit in measure_max_norms(map(make_rows(lm).see, token_batches())).items():
         ordered = sorted(norms[name])
         assert limit == pytest.approx(10 * ordered[(len(ordered) - 1) // 2], rel=1e-6)
 
@@ -166,7 +167,7 @@ def test_the_norm_limit_is_ten_medians_over_valid_rows_of_the_sample(lm, monkeyp
 def test_a_text_of_special_tokens_only_is_refused(lm):
     batch = token_batches(1)[0]
     with pytest.raises(UserError, match="all special tokens"):
-        measure_max_norms(lm, [batch._replace(valid=torch.zeros_like(batch.valid))], HOOKS)
+        measure_max_norms([Seen(batch._replace(valid=torch.zeros_like(batch.valid)), {})])
 
 
 def test_a_model_whose_activations_are_not_finite_is_refused(lm, monkeypatch):
@@ -186,6 +187,19 @@ def test_rows_are_those_of_the_rule_aligned_over_hooks_and_counted(lm, limits):
     assert torch.cat([k.document for k in kept]).tolist() == documents
     assert (rows.n_valid, rows.n_dropped) == (len(tokens) + n_dropped, n_dropped)
     assert 0.1 < n_dropped / rows.n_valid < 0.35
+
+
+def test_the_first_pass_measures_the_limits_without_running_the_model_twice(lm, monkeypatch):
+    monkeypatch.setattr(harvest, "NORM_SAMPLE_TOKENS", 40)  # the first two batches
+    run, n_calls = harvest.activations, []
+    monkeypatch.setattr(harvest, "activations", lambda *a: n_calls.append(1) or run(*a))
+    rows = make_rows(lm)
+    kept = list(rows)
+    assert len(n_calls) == N_BATCHES
+    assert rows.max_norms == make_rows(lm).max_norms
+    again = make_rows(lm, max_norms=rows.max_norms)
+    for one, two in zip(kept, again, strict=True):
+        assert all(torch.equal(one.acts[name], two.acts[name]) for name in HOOKS)
 
 
 def test_a_second_pass_counts_anew(lm, limits):
