@@ -83,3 +83,21 @@ def test_the_table_of_speeds_is_the_benchmarks(ratio):
     cells += [f"{n:.1f}" for n in (peer / exact, peer / single, rounded / exact, plain / exact)]
     cells += [f"{at_ratio['auto']['peak_mb']:.0f} / {mb:.0f}"]
     assert f"| 1:{ratio} | {' | '.join(cells)} |" in README
+
+
+@pytest.mark.parametrize("name", ["topk", "d_768", "d_2048", "batch_8192"])
+def test_the_table_of_other_sizes_is_the_benchmarks(name):
+    path = ROOT / "benchmarks" / "results" / f"train_step_{name}.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    single = {
+        (row["d_in"], row["batch_tokens"], row["ratio"]): row["vs_fastest_fp32_peer"]
+        for row in rows
+        if row["method"] == "auto-float32"
+    }
+    for row in [row for row in rows if row["method"] == "auto"]:
+        size = row["d_in"], row["batch_tokens"], row["ratio"]
+        names = ("vs_fastest_peer", "vs_plain_fused_bf16")
+        factors = [row["vs_fastest_fp32_peer"], single[size], *(row[name] for name in names)]
+        cells = [row["architecture"], *map(str, size[:2]), f"1:{size[2]}"]
+        cells += [f"{row['ms_per_step']:.0f}", *(f"{factor:.1f}" for factor in factors)]
+        assert f"| {' | '.join(cells)} | {row['encode_limit_fraction']:.0%} |" in README
