@@ -14,11 +14,10 @@ import json
 import os
 import shutil
 import sys
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -31,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sparse_coding.errors import UserError
-from sparse_coding.sources import ShuffledRows
+from sparse_coding.sources import ShuffledRows, ahead
 from sparse_coding.storage import atomic_path, fingerprint, read_json, sha256, write_json
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -341,18 +340,8 @@ class CachedActivations(ShuffledRows):
         self._is_pinned = self.device.type != "cpu" and torch.cuda.is_available()
 
     def load(self, numbers: Iterable[int]) -> Iterator[Float32[Tensor, "batch d_in"]]:
-        with ThreadPoolExecutor(max_workers=1) as thread:
-            ahead: deque[Future[Tensor]] = deque()
-            try:
-                for number in numbers:
-                    ahead.append(thread.submit(self._read, number))
-                    if len(ahead) > self.prefetch:
-                        yield self._to_device(ahead.popleft().result())
-                while ahead:
-                    yield self._to_device(ahead.popleft().result())
-            finally:
-                for batch in ahead:
-                    batch.cancel()
+        jobs = (partial(self._read, number) for number in numbers)
+        yield from map(self._to_device, ahead(jobs, self.prefetch))
 
     def _read(self, number: int) -> Tensor:
         rows = self.cache.rows(self.hook_name, self.indices(number))

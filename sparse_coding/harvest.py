@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from sparse_coding.cache import ActivationCache, CacheWriter, open_cache
 from sparse_coding.errors import UserError
 from sparse_coding.models import LanguageModel
-from sparse_coding.sources import KeyedPermutation, ShuffledRows
+from sparse_coding.sources import KeyedPermutation, ShuffledRows, ahead
 from sparse_coding.text import TokenBatch
 
 MAX_NORM_RATIO = 10.0
@@ -131,12 +131,17 @@ class Rows:
     @cached_property
     def max_norms(self) -> dict[str, float]:
         """Norm limit per hook, measured at the first use unless a cache brought it along."""
-        return measure_max_norms(map(self.see, self.make_batches()))
+        return measure_max_norms(map(self.see, self.token_batches()))
+
+    def token_batches(self) -> Iterator[TokenBatch]:
+        """The text's contexts, once; a thread makes them while the model runs."""
+        jobs = itertools.repeat(partial(next, iter(self.make_batches()), None))
+        return itertools.takewhile(lambda batch: batch is not None, ahead(jobs))
 
     def __iter__(self) -> Iterator[KeptRows]:
         """One pass over the text."""
         self.n_valid = self.n_dropped = 0
-        seen = map(self.see, self.make_batches())
+        seen = map(self.see, self.token_batches())
         if "max_norms" not in vars(self):
             seen, sample = itertools.tee(seen)  # the limits need no pass of their own
             self.max_norms = measure_max_norms(sample)
@@ -281,7 +286,7 @@ class StreamingSources:
 
     def _token_batches(self, n_skipped: int) -> Iterator[TokenBatch]:
         while True:
-            for batch in self.rows.make_batches():
+            for batch in self.rows.token_batches():
                 if n_skipped:
                     n_skipped -= 1
                 else:

@@ -7,8 +7,10 @@ trainer cannot tell. Nothing here reads files or knows of models.
 import hashlib
 import itertools
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
-from typing import Protocol, runtime_checkable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -39,6 +41,22 @@ class ActivationSource(Protocol):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go to a position; takes effect at the next `iter`."""
         ...
+
+
+def ahead(jobs: Iterable[Callable[[], Any]], n: int = 2) -> Iterator[Any]:
+    """The results of `jobs` in their order; one thread does up to n of them in advance."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        waiting: deque[Future] = deque()
+        try:
+            for job in jobs:
+                waiting.append(thread.submit(job))
+                if len(waiting) > n:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 class ShuffledRows(ActivationSource):
