@@ -10,9 +10,10 @@ import warnings
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sparse_coding.errors import UserError
+from sparse_coding.formats import folders
 from sparse_coding.formats import saelens as module
 from sparse_coding.formats.saelens import load_saelens, save_saelens
 from sparse_coding.sae import ARCHITECTURES, L1SAE, BatchTopKSAE, JumpReLUSAE
@@ -262,7 +263,7 @@ def test_a_failure_while_writing_leaves_the_old_sae_whole(sae, existing, failing
         raise OSError("no space left on device")
 
     before = {path.name: path.read_bytes() for path in existing.iterdir()}
-    monkeypatch.setattr(module, failing, fail)
+    monkeypatch.setattr(folders if failing == "_put_in_place" else module, failing, fail)
     with pytest.raises(OSError, match="no space"):
         save_saelens(sae, existing, metadata={}, overwrite=True)
     assert {path.name: path.read_bytes() for path in existing.iterdir()} == before
@@ -274,10 +275,38 @@ def test_a_failure_while_writing_leaves_no_folder(sae, tmp_path, failing, monkey
     def fail(*arguments):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(module, failing, fail)
+    monkeypatch.setattr(folders if failing == "_put_in_place" else module, failing, fail)
     with pytest.raises(OSError, match="no space"):
         save_saelens(sae, tmp_path / "a", metadata={})
     assert not os.listdir(tmp_path)
+
+
+# Before SAELens 6.
+
+
+@pytest.mark.parametrize(
+    "old",
+    [
+        {"activation_fn_str": "relu", "normalize_activations": False},
+        {"architecture": "jumprelu", "hook_point": "blocks.2.hook_resid_pre"},
+        {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 3}},
+        {"apply_b_dec_to_input": False},
+    ],
+)
+def test_an_old_configuration_is_read_as_saelens_reads_it(sae_lens, tmp_path, old):
+    generator = torch.Generator().manual_seed(1)
+    sae = JumpReLUSAE(12, 20, generator)
+    sae.threshold.data = 1 + torch.rand(20, generator=generator)
+    sae.b_dec.data = torch.randn(12, generator=generator)
+    folder = save_saelens(sae, tmp_path / "a", metadata={})
+    if old.get("architecture") != "jumprelu":
+        weights = load_file(folder / "sae_weights.safetensors")
+        del weights["threshold"]
+        save_file(weights, folder / "sae_weights.safetensors")
+    config = {"d_in": 12, "d_sae": 20, "dtype": "float32", "device": "cpu"} | old
+    (folder / "cfg.json").write_text(json.dumps(config))
+    theirs = sae_lens.SAE.load_from_disk(folder)
+    assert_encodes_alike(load_saelens(folder), theirs, inputs(12))
 
 
 # Refused.

@@ -142,6 +142,47 @@ def test_a_jumprelu_is_a_batch_topk_only_with_the_k_that_it_had(golden, k, cls):
     assert type(load_saelens(golden)) is cls
 
 
+# Before SAELens 6 a configuration was flat, had other names and left defaults out.
+
+
+def make_old(folder, **changes):
+    config = json.loads((folder / "cfg.json").read_text())
+    kept = {key: config[key] for key in ("d_in", "d_sae", "dtype")}
+    (folder / "cfg.json").write_text(json.dumps(kept | changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hook_point": "blocks.2.hook_resid_pre", "normalize_activations": False},
+        {"hook_name": "blocks.2.hook_resid_pre", "activation_fn_str": "relu"},
+        {"architecture": "standard", "sae_lens_version": "3.1.0", "normalize_activations": None},
+    ],
+)
+def test_an_old_configuration_encodes_and_decodes_as_it_did(golden, changes):
+    make_old(golden, **changes)
+    edit_weights(golden, scaling_factor=torch.ones(7))
+    recorded = load_file(HERE / "saelens_b_dec_subtracted_recorded.safetensors")
+    sae = load_saelens(golden)
+    assert sae.name == "l1"
+    torch.testing.assert_close(sae.encode(recorded["x"]), recorded["f"], **ROUNDING)
+    torch.testing.assert_close(sae.decode(recorded["f"]), recorded["x_hat"], **ROUNDING)
+
+
+@TOPK
+def test_an_old_topk_has_its_k_among_the_arguments_of_its_function(golden):
+    make_old(golden, activation_fn_str="topk", activation_fn_kwargs={"k": 3})
+    sae = load_saelens(golden)
+    assert (sae.name, sae.k) == ("topk", 3)
+    make_old(golden, activation_fn_str="topk", activation_fn_kwargs={})
+    assert "k is None" in refusal(golden)
+
+
+def test_a_scaling_factor_that_does_something_is_refused(golden):
+    edit_weights(golden, scaling_factor=torch.full((7,), 0.5))
+    assert "scaling_factor" in refusal(golden)
+
+
 # Refused.
 
 
@@ -158,8 +199,8 @@ def test_a_jumprelu_is_a_batch_topk_only_with_the_k_that_it_had(golden, k, cls):
         ({"architecture": ["standard"]}, "architecture is"),
         ({"d_in": 6}, "W_enc is (5, 7); cfg.json says (6, 7)"),
         ({"d_sae": "7"}, "d_sae is '7'; it must be a positive integer"),
-        ({"metadata": {}}, "SAELens none; 6 or newer"),
-        ({"metadata": {"sae_lens_version": "5.9.1"}}, "SAELens 5.9.1; 6 or newer"),
+        ({"metadata": {}, "normalize_activations": True}, "'expected_average_only_in'"),
+        ({"remove": ["metadata", "reshape_activations"], "hook_name": "x.hook_z"}, "is 'hook_z'"),
         ({"metadata": [1]}, "must be a JSON object"),
     ],
 )

@@ -1,6 +1,7 @@
-"""SAELens 6: a folder of cfg.json, sae_weights.safetensors and (optional) sparsity.safetensors.
+"""SAELens: a folder of cfg.json, sae_weights.safetensors and (optional) sparsity.safetensors.
 
-Written so that `sae_lens.SAE.load_from_disk` reads it as it is. Their architectures share
+Read as SAELens 2 to 6 wrote it; written as 6 does, so that its `SAE.load_from_disk` reads it as it
+is. Their architectures share
 
     pre = (x - b_dec * apply_b_dec_to_input) @ W_enc + b_enc,   x_hat = f @ W_dec + b_dec
 
@@ -16,8 +17,6 @@ as SAELens itself has it. What a loss or a constraint was in training is not exp
 in the metadata.
 """
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sparse_coding.errors import UserError
+from sparse_coding.formats.folders import whole_folder
 from sparse_coding.sae import (
     ARCHITECTURES,
     L1SAE,
@@ -108,26 +108,23 @@ def save_saelens(
     on. `UserError` if the SAE encodes or decodes by a formula of its own, or if the folder exists
     and `overwrite` is not set; only an empty folder or an SAE's is ever replaced.
     """
-    folder = Path(folder)
     _refuse_what_they_cannot_say(sae, density)
-    _refuse_to_destroy(folder, overwrite)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with whole_folder(folder, CONFIG, overwrite=overwrite) as temporary:
         _write_tensors(temporary / WEIGHTS, _tensors(sae))
         write_json(temporary / CONFIG, _config(sae, metadata))
         if density is not None:
             log_density = (density.double() + 1e-10).log10().float()
             _write_tensors(temporary / SPARSITY, {"sparsity": log_density})
-        _put_in_place(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
+    return Path(folder)
+
+
+def recognises(path: Path) -> bool:
+    """Whether a folder has SAELens's files."""
+    return (path / WEIGHTS).is_file() and (path / CONFIG).is_file()
 
 
 def load_saelens(folder: str | Path, device: torch.device | str = "cpu") -> SAE:
-    """The SAE in a SAELens 6 folder, in the dtype its cfg.json states (`.float()` converts).
+    """The SAE in a SAELens folder, in the dtype its cfg.json states (`.float()` converts).
 
     Ours comes back as the class it was, bit by bit. Any other becomes the class that encodes
     alike: of the `standard` ones `L1SAE` if b_dec is subtracted from the input, else
@@ -141,7 +138,7 @@ def load_saelens(folder: str | Path, device: torch.device | str = "cpu") -> SAE:
     dtype. Thresholds below 0 become 0, which changes nothing after a ReLU.
 
     `UserError` for another architecture, an activation scale that is not folded into the weights,
-    a layout before 6, a missing or damaged file, NaN or infinity, names or shapes that disagree.
+    a missing or damaged file, NaN or infinity, names or shapes that disagree.
     """
     folder = Path(folder)
     config = _read_config(folder / CONFIG)
@@ -211,28 +208,10 @@ def _refuse_what_they_cannot_say(sae: SAE, density: Tensor | None) -> None:
         raise UserError(f"density is {tuple(density.shape)}; it must be ({sae.d_sae},)")
 
 
-def _refuse_to_destroy(folder: Path, overwrite: bool) -> None:
-    if not folder.exists():
-        return
-    if not overwrite:
-        raise UserError(f"{folder} exists; choose another folder or allow overwriting")
-    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / CONFIG).is_file()):
-        raise UserError(f"{folder} is not an SAE's folder ({CONFIG} is missing); it is kept")
-
-
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     with atomic_path(path) as temporary:
         save_file(plain, temporary)
-
-
-def _put_in_place(temporary: Path, folder: Path) -> None:
-    """Two renames: at every instant each of the two SAEs is whole under some name."""
-    retired = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    if folder.exists():
-        os.replace(folder, retired)
-    os.replace(temporary, folder)
-    shutil.rmtree(retired, ignore_errors=True)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -240,18 +219,28 @@ def _read_config(path: Path) -> dict[str, Any]:
     metadata = config.setdefault("metadata", {}) if isinstance(config, dict) else None
     if not isinstance(metadata, dict):
         raise UserError(f"{path} is not a SAELens configuration: it must be a JSON object")
-    version = str(config.get("sae_lens_version") or metadata.get("sae_lens_version") or "none")
+    version = str(config.get("sae_lens_version") or metadata.get("sae_lens_version") or "")
     major = version.partition(".")[0]
     if not major.isdigit() or int(major) < 6:
-        raise UserError(
-            f"{path} was written by SAELens {version}; 6 or newer is supported: load it in "
-            "SAELens 6 and save it again with save_model"
-        )
+        config = _in_words_of_6(config)
     _check(path, config, ALLOWED, ("d_in", "d_sae"))
     layout = LAYOUTS[config["architecture"]]
     _check(path, config, layout.choices, layout.integers)
     if config["architecture"] == "topk" and config["k"] > config["d_sae"]:
         raise UserError(f"{path}: k is {config['k']}; it must be at most d_sae {config['d_sae']}")
+    return config
+
+
+def _in_words_of_6(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration of SAELens 2 to 5, which was flat, with the names and defaults of 6."""
+    config = {"apply_b_dec_to_input": True, "architecture": "standard"} | config
+    if config.get("activation_fn", config.get("activation_fn_str")) == "topk":
+        config |= {"architecture": "topk", "rescale_acts_by_decoder_norm": False}
+        config["k"] = (config.get("activation_fn_kwargs") or {}).get("k")
+    scaled = config.get("normalize_activations") or "none"
+    config["normalize_activations"] = "expected_average_only_in" if scaled is True else scaled
+    hook_name = str(config.get("hook_name", config.get("hook_point", "")))
+    config.setdefault("reshape_activations", "hook_z" if "hook_z" in hook_name else "none")
     return config
 
 
@@ -278,6 +267,8 @@ def _read_weights(path: Path, config: dict[str, Any]) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise UserError(f"{path} is damaged: {error}") from None
     expected = LAYOUTS[config["architecture"]].tensors
+    if (weights.get("scaling_factor", torch.zeros(1)) == 1).all():
+        del weights["scaling_factor"]  # of a fine-tuning before 6 that did not take place
     if set(weights) != set(expected):
         raise UserError(
             f"{path} holds {', '.join(sorted(weights)) or 'nothing'}; "
