@@ -4,7 +4,8 @@ Notation: activations x (batch, d_in), features f (batch, d_sae), reconstruction
 `W_dec` (d_sae, d_in) and column i of `W_enc` (d_in, d_sae) belong to feature i.
 
 All losses share one convention, so that one `l1_coeff` means the same in every class of the L1
-family (JumpReLU's multiplies an L0, TopK has none):
+family (JumpReLU's multiplies an L0, Gated's its gates' L1, p-anneal's a sum of f^p; TopK has
+none):
 
     loss = mean_batch( sum_d (x - x_hat)^2  +  l1_coeff * sum_i f_i * ||W_dec[i]|| )
 
@@ -16,19 +17,24 @@ No optimizer, no schedule and no device choice here: see `training`.
 """
 
 from sparse_coding.saes.base import SAE, Loss, UntiedSAE
+from sparse_coding.saes.gated import GatedSAE
 from sparse_coding.saes.jumprelu import JumpReLU, JumpReLUSAE
-from sparse_coding.saes.l1 import L1SAE, NormWeightedL1SAE, TiedL1SAE
+from sparse_coding.saes.l1 import L1SAE, NormWeightedL1SAE, PAnnealSAE, TiedL1SAE
+from sparse_coding.saes.matryoshka import MatryoshkaSAE
 from sparse_coding.saes.topk import BatchTopKSAE, TopKSAE, keep_largest
 
 __all__ = [
     "ARCHITECTURES",
     "SAE",
     "BatchTopKSAE",
+    "GatedSAE",
     "JumpReLU",
     "JumpReLUSAE",
     "L1SAE",
     "Loss",
+    "MatryoshkaSAE",
     "NormWeightedL1SAE",
+    "PAnnealSAE",
     "TiedL1SAE",
     "TopKSAE",
     "UntiedSAE",
@@ -37,5 +43,15 @@ __all__ = [
 
 ARCHITECTURES: dict[str, type[SAE]] = {
     cls.name: cls
-    for cls in (TiedL1SAE, L1SAE, NormWeightedL1SAE, TopKSAE, BatchTopKSAE, JumpReLUSAE)
+    for cls in (
+        TiedL1SAE,
+        L1SAE,
+        NormWeightedL1SAE,
+        PAnnealSAE,
+        GatedSAE,
+        TopKSAE,
+        BatchTopKSAE,
+        MatryoshkaSAE,
+        JumpReLUSAE,
+    )
 }

@@ -106,6 +106,7 @@ class Lane:
 
     def step(self, x: Float[Tensor, "batch d_in"], n_steps_done: int) -> None:
         set_lr(self.optimizer, self.cfg.lr_at(n_steps_done))
+        self.sae.anneal(n_steps_done, self.cfg.n_steps)
         dead = None if self.dead is None else self.dead.at(n_steps_done)
         l1_coeff = self.l1_coeff(self.cfg.sparsity_at(n_steps_done))
         statistics = self.run_step(x, l1_coeff, dead)

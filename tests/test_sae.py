@@ -10,9 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_coding.kernels import make_adam
-from sparse_coding.kernels.reference import ReferenceStep
-from sparse_coding.sae import ARCHITECTURES, L1SAE, SAE, NormWeightedL1SAE, TiedL1SAE
+from sparse_coding.sae import (
+    ARCHITECTURES,
+    L1SAE,
+    SAE,
+    MatryoshkaSAE,
+    NormWeightedL1SAE,
+    TiedL1SAE,
+    keep_largest,
+)
 
 BATCH, D_IN, D_SAE, L1_COEFF = 7, 12, 20, 0.7
 
@@ -214,6 +220,75 @@ def test_auxk_decodes_the_error_by_the_largest_dead_features(x):
     assert not learns.any()
 
 
+def test_gated_by_the_papers_formulas_and_who_learns_from_what(x):
+    sae = make_sae("gated")
+    names = ("W_enc", "W_dec", "b_enc", "b_dec", "r_mag", "b_mag")
+    W_enc, W_dec, b_gate, b_dec, r_mag, b_mag = (getattr(sae, n).detach().numpy() for n in names)
+    squares, frozen, gates, expected = [], [], [], []
+    for row in x.numpy():
+        gate = np.array([(row - b_dec) @ W_enc[:, i] + b_gate[i] for i in range(D_SAE)])
+        weights = W_enc * np.exp(r_mag)  # equation 7: W_mag from W_gate by r_mag
+        magnitude = np.maximum((row - b_dec) @ weights + b_mag, 0)
+        f = np.heaviside(gate, 0) * magnitude
+        expected.append(f)
+        squares.append(np.sum((row - f @ W_dec - b_dec) ** 2))
+        gates.append(np.maximum(gate, 0).sum())
+        frozen.append(np.sum((row - np.maximum(gate, 0) @ W_dec - b_dec) ** 2))
+    loss = sae.loss(x, L1_COEFF)
+    np.testing.assert_allclose(sae.encode(x).detach().numpy(), expected, rtol=1e-12, atol=1e-12)
+    parts = [np.mean(squares), np.mean(gates), np.mean(squares) + np.mean(frozen)]
+    parts[2] += L1_COEFF * parts[1]
+    measured = [loss.mse, loss.penalty, loss.total]
+    np.testing.assert_allclose([part.item() for part in measured], parts, rtol=1e-12)
+    # The reconstruction does not teach the gate's bias, the rest nothing of the decoder.
+    loss.mse.backward(retain_graph=True)
+    assert sae.b_enc.grad is None or not sae.b_enc.grad.any()
+    sae.zero_grad()
+    (loss.total - loss.mse).backward()
+    for parameter in (sae.W_dec, sae.r_mag, sae.b_mag):
+        assert parameter.grad is None or parameter.grad.abs().max() < 1e-12
+    assert sae.b_enc.grad.any()
+
+
+def test_matryoshka_is_batch_topk_with_the_mean_error_of_its_prefixes(x):
+    sae = MatryoshkaSAE(D_IN, D_SAE, torch.Generator().manual_seed(8), k=K, prefixes=(3, 8, D_SAE))
+    sae = sae.double()
+    f = keep_largest(sae.pre_activations(x).flatten(), K * BATCH).view(BATCH, D_SAE)
+    errors = [
+        (x - f[:, :m] @ sae.W_dec[:m] - sae.b_dec).square().sum(dim=1).mean() for m in (3, 8, 20)
+    ]
+    loss = sae.loss(x)
+    assert torch.equal(loss.f, f)
+    torch.testing.assert_close(loss.total, sum(errors) / 3)
+    torch.testing.assert_close(loss.mse, errors[-1])
+    assert MatryoshkaSAE(D_IN, 64).prefixes == (2, 6, 14, 30, 64)
+    assert MatryoshkaSAE(D_IN, 5).prefixes == (1, 2, 5)
+    for broken in [(3, 3, 20), (5, 3, 20), (3, 8), (0, 20)]:
+        with pytest.raises(AssertionError, match="prefixes"):
+            MatryoshkaSAE(D_IN, D_SAE, prefixes=broken)
+
+
+def test_p_anneal_penalises_f_to_the_p_and_its_scale_makes_up_for_each_change(x):
+    sae = make_sae("p_anneal")
+    assert [sae._p_at(at) for at in (0.0, 0.3, 1.0)] == pytest.approx([1.0, 1.0, 0.2])
+    powers = []
+    for step in range(20):
+        sae.anneal(step, 20)
+        powers.append(sae.p)
+        loss = sae.loss(x, L1_COEFF)
+        f = loss.f.detach().numpy()
+        norm = np.sum(f[f > 0] ** sae.p) / BATCH
+        assert loss.penalty.item() == pytest.approx(sae.scale.item() * norm, rel=1e-12)
+        sae.observe(loss.f.detach())
+        after = sae.loss(x, L1_COEFF).penalty
+        assert after.item() == pytest.approx(loss.penalty.item(), rel=1e-6)
+    assert powers[:7] == [1.0] * 7
+    assert powers[-1] == pytest.approx(0.2)
+    assert all(later <= earlier for earlier, later in zip(powers, powers[1:], strict=False))
+    sae.loss(x, L1_COEFF).total.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in sae.parameters())
+
+
 def test_a_threshold_learns_from_the_entries_near_it_and_no_others():
     # d loss / d threshold by the paper's equations, for one feature and four tokens by hand.
     sae = set_parameters(ARCHITECTURES["jumprelu"](1, 1), W_enc=[[1.0]], W_dec=[[1.0]])
@@ -258,10 +333,9 @@ def test_growing_the_decoder_does_not_lower_the_norm_weighted_loss(x):
 # Starting and staying.
 
 
-def test_rows_start_with_the_papers_norm(sae):
+def test_rows_start_at_norm_1_and_the_encoder_at_their_transpose(sae):
     fresh = type(sae)(D_IN, D_SAE, torch.Generator().manual_seed(3))
-    expected = torch.full((D_SAE,), 1.0 if sae.has_unit_norm_rows else 0.1)
-    torch.testing.assert_close(fresh.W_dec.norm(dim=1), expected)
+    torch.testing.assert_close(fresh.W_dec.norm(dim=1), torch.ones(D_SAE))
     assert torch.equal(fresh.W_enc, fresh.W_dec.T)
     assert not fresh.b_enc.any()
     assert not fresh.b_dec.any()
@@ -325,37 +399,3 @@ def test_starting_sparse_leaves_the_features_that_were_not_chosen(architecture, 
     moved = (edge != before).nonzero().flatten()
     assert set(moved.tolist()) <= {3, 11}
     assert len(moved) > 0
-
-
-# Planted features.
-
-
-def planted(n_tokens, features, generator):
-    """Non-negative sparse sums of unit features: each is on for 8 % of the tokens, at 0.5 to 1.5.
-
-    Scaled to a root-mean-square norm of sqrt(d_in), as the trainer does.
-    """
-    size = (n_tokens, len(features))
-    on = torch.rand(size, generator=generator) < 0.08
-    x = (on * (0.5 + torch.rand(size, generator=generator))) @ features
-    return x * (features.shape[1] / x.square().sum(dim=1).mean()).sqrt()
-
-
-def mean_max_cosine(features, rows):
-    rows = rows / rows.norm(dim=1, keepdim=True)
-    return (features @ rows.T).max(dim=1).values.mean().item()
-
-
-def test_training_recovers_planted_features_and_a_random_dictionary_does_not(sae):
-    generator = torch.Generator().manual_seed(0)
-    features = torch.randn(24, 16, generator=generator)
-    features /= features.norm(dim=1, keepdim=True)
-    x = planted(80_000, features, generator)
-    trained = new_sae(sae.name, 1, 16, 32, k=2)
-    random = mean_max_cosine(features, trained.W_dec)
-    trained.initialise_centre(x.mean(dim=0))
-    step = ReferenceStep(trained, make_adam(trained, lr=1e-2))
-    for batch in x.split(100):
-        step(batch, torch.tensor(1.0))
-    assert random < 0.6
-    assert mean_max_cosine(features, trained.W_dec) > 0.9

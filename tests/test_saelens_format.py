@@ -113,6 +113,7 @@ def test_saelens_keeps_our_metadata_and_does_not_claim_the_training(sae, tmp_pat
 def test_our_configuration_has_the_keys_that_saelens_writes(sae, tmp_path):
     ours = json.loads((save_saelens(sae, tmp_path / "a", metadata={}) / "cfg.json").read_text())
     goldens = {"standard": "bfloat16", "topk": "topk_rescaled", "jumprelu": "batchtopk"}
+    goldens["gated"] = "gated_b_dec_subtracted"
     with open(os.path.join(GOLDEN, f"saelens_{goldens[ours['architecture']]}/cfg.json")) as file:
         theirs = json.load(file)
     assert set(ours) == set(theirs)
@@ -270,7 +271,7 @@ def test_a_failure_while_writing_leaves_the_old_sae_whole(sae, existing, failing
     assert os.listdir(existing.parent) == ["existing"]
 
 
-@pytest.mark.parametrize("failing", ["_write_tensors", "write_json", "_put_in_place"])
+@pytest.mark.parametrize("failing", ["write_tensors", "write_json", "_put_in_place"])
 def test_a_failure_while_writing_leaves_no_folder(sae, tmp_path, failing, monkeypatch):
     def fail(*arguments):
         raise OSError("no space left on device")
@@ -343,7 +344,7 @@ def test_a_subclass_with_only_a_loss_of_its_own_is_written(tmp_path):
     assert_encodes_alike(loaded, sae, inputs(12))
 
 
-@pytest.mark.parametrize("architecture", ["gated", "abstopk"])
+@pytest.mark.parametrize("architecture", ["abstopk"])
 def test_another_architecture_of_saelens_is_refused_by_name(architecture, tmp_path, sae_lens):
     config_class = sae_lens.registry.get_sae_class(architecture)[1]
     sae_lens.SAE.from_dict(config_class(d_in=5, d_sae=7).to_dict()).save_model(tmp_path)

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from sparse_coding.errors import UserError
 from sparse_coding.formats.saelens import WEIGHTS, load_saelens
-from sparse_coding.sae import L1SAE, BatchTopKSAE, JumpReLUSAE
+from sparse_coding.sae import L1SAE, BatchTopKSAE, JumpReLUSAE, MatryoshkaSAE
 
 HERE = Path(__file__).parent / "golden"
 # One product of width 5 in another order of summation: a few units in the last place.
 ROUNDING = {"rtol": 1e-5, "atol": 1e-5}
-SUPPORTED = "supported is 'standard' or 'topk' or 'jumprelu'"
+SUPPORTED = "supported is 'standard' or 'topk' or 'jumprelu' or 'gated'"
 
 
 @pytest.fixture
@@ -66,6 +66,8 @@ def refusal(folder):
         ("saelens_jumprelu_b_dec_subtracted", "jumprelu", ROUNDING),
         ("saelens_jumprelu_b_dec_not_subtracted", "jumprelu", ROUNDING),
         ("saelens_batchtopk", "jumprelu", ROUNDING),
+        ("saelens_gated_b_dec_subtracted", "gated", ROUNDING),
+        ("saelens_gated_b_dec_not_subtracted", "gated", ROUNDING),
         # 8 bits of mantissa; sums of up to 7 products of size about 10.
         ("saelens_bfloat16", "l1", {"rtol": 2**-7, "atol": 0.1}),
     ],
@@ -183,6 +185,27 @@ def test_a_scaling_factor_that_does_something_is_refused(golden):
     assert "scaling_factor" in refusal(golden)
 
 
+@pytest.mark.parametrize("golden", ["batchtopk"], indirect=True)
+@pytest.mark.parametrize(
+    ("prefixes", "cls"),
+    [
+        ([2, 7], MatryoshkaSAE),
+        ([2, 6], JumpReLUSAE),
+        ([7, 2], JumpReLUSAE),
+        ([0, 7], JumpReLUSAE),
+        ([2.0, 7], JumpReLUSAE),
+        ([], JumpReLUSAE),
+        ("27", JumpReLUSAE),
+        (None, JumpReLUSAE),
+    ],
+)
+def test_a_jumprelu_is_a_matryoshka_only_with_the_prefixes_that_it_had(golden, prefixes, cls):
+    claim(golden, **{"class": "matryoshka", "k": 3, "prefixes": prefixes})
+    sae = load_saelens(golden)
+    assert type(sae) is cls
+    assert sae.settings.get("prefixes") == (tuple(prefixes) if cls is MatryoshkaSAE else None)
+
+
 # Refused.
 
 
@@ -194,10 +217,11 @@ def test_a_scaling_factor_that_does_something_is_refused(golden):
         ({"reshape_activations": "hook_z"}, "reshape_activations is 'hook_z'"),
         ({"dtype": "int8"}, "dtype is 'int8'; supported is 'float32'"),
         ({"apply_b_dec_to_input": None}, "apply_b_dec_to_input is None"),
-        ({"architecture": "gated"}, f"architecture is 'gated'; {SUPPORTED}"),
+        ({"architecture": "gated"}, "a gated SAE holds"),
+        ({"architecture": "temporal"}, f"architecture is 'temporal'; {SUPPORTED}"),
         ({"architecture": "batchtopk"}, f"architecture is 'batchtopk'; {SUPPORTED}"),
         ({"architecture": ["standard"]}, "architecture is"),
-        ({"d_in": 6}, "W_enc is (5, 7); cfg.json says (6, 7)"),
+        ({"d_in": 6}, "W_enc is (5, 7); it must be (6, 7)"),
         ({"d_sae": "7"}, "d_sae is '7'; it must be a positive integer"),
         ({"metadata": {}, "normalize_activations": True}, "'expected_average_only_in'"),
         ({"remove": ["metadata", "reshape_activations"], "hook_name": "x.hook_z"}, "is 'hook_z'"),
@@ -244,8 +268,8 @@ def test_a_broken_configuration_is_refused(golden, content, line):
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"W_dec": torch.zeros(5, 7)}, "W_dec is (5, 7); cfg.json says (7, 5)"),
-        ({"b_enc": torch.zeros(7, 1)}, "b_enc is (7, 1); cfg.json says (7,)"),
+        ({"W_dec": torch.zeros(5, 7)}, "W_dec is (5, 7); it must be (7, 5)"),
+        ({"b_enc": torch.zeros(7, 1)}, "b_enc is (7, 1); it must be (7,)"),
         ({"b_dec": torch.full((5,), float("nan"))}, "b_dec must hold finite"),
         ({"W_enc": torch.full((5, 7), float("inf"))}, "W_enc must hold finite"),
         ({"b_enc": torch.zeros(7, dtype=torch.int32)}, "b_enc must hold finite floating"),
@@ -267,7 +291,7 @@ def test_a_jumprelu_without_thresholds_is_refused(golden):
 @JUMPRELU
 def test_thresholds_of_another_shape_are_refused(golden):
     edit_weights(golden, threshold=torch.ones(()))
-    assert "threshold is (); cfg.json says (7,)" in refusal(golden)
+    assert "threshold is (); it must be (7,)" in refusal(golden)
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 5, 300, 583])

@@ -1,0 +1,42 @@
+"""Dictionaries of other libraries, read and written; each module is one library's layout."""
+
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from sparse_coding.dictionary import Dictionary
+from sparse_coding.errors import UserError
+
+FORMATS = ("saelens", "sparsify", "gemma_scope", "dictionary_learning", "openai", "hoagy")
+
+
+def load_dictionary(path: str | Path, device: torch.device | str = "cpu") -> Dictionary:
+    """A dictionary of raw activations from a file or a folder of any known format.
+
+    For a release on the hub give the path that `pretrained.fetch.fetched` returns. `UserError` if
+    nothing is there, no format fits, or what is there is broken.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(
+            f"{path} does not exist; give a file or a folder, or fetch a release first: "
+            "python -m pretrained.fetch --list"
+        )
+    name = format_of(path)
+    return getattr(_module(name), f"load_{name}")(path, device)
+
+
+def format_of(path: Path) -> str:
+    """Which of `FORMATS` it is, told by the names of files and tensors alone."""
+    for name in FORMATS:
+        if _module(name).recognises(path):
+            return name
+    raise UserError(
+        f"{path} holds no dictionary that is known here; it must be of: {', '.join(FORMATS)}"
+    )
+
+
+def _module(name: str) -> ModuleType:
+    return import_module(f"sparse_coding.formats.{name}")

@@ -9,6 +9,11 @@ from pathlib import Path
 from sparse_coding.errors import UserError
 
 
+def holds_files(path: Path, names: tuple[str, ...]) -> bool:
+    """Whether a folder has files of all those names."""
+    return all((path / name).is_file() for name in names)
+
+
 @contextmanager
 def whole_folder(folder: str | Path, marker: str, *, overwrite: bool) -> Iterator[Path]:
     """A temporary folder that becomes `folder` when the block ends without error.

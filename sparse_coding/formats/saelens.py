@@ -11,36 +11,41 @@ with the tensors' names and orientations equal to ours, and differ in
     topk:      f = relu(top_k(pre)); with rescale_acts_by_decoder_norm, of pre * ||W_dec[i]||,
                and f / ||W_dec[i]|| is what gets decoded
     jumprelu:  f = relu(pre) * (pre > threshold)
+    gated:     f = relu(exp(r_mag) * (pre - b_enc) + b_mag) * (pre > 0), b_enc called b_gate
 
 A tied encoder is written out as W_dec^T; BatchTopK becomes a jumprelu with one threshold for all,
 as SAELens itself has it. What a loss or a constraint was in training is not expressed, only named
 in the metadata.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sparse_coding.errors import UserError
-from sparse_coding.formats.folders import whole_folder
+from sparse_coding.formats.folders import holds_files, whole_folder
+from sparse_coding.formats.formulas import formulas, refuse_what_cannot_be_said
+from sparse_coding.formats.tensors import check_tensors, read_tensors, write_tensors
 from sparse_coding.sae import (
     ARCHITECTURES,
     L1SAE,
     SAE,
     BatchTopKSAE,
+    GatedSAE,
     JumpReLUSAE,
+    MatryoshkaSAE,
     NormWeightedL1SAE,
     TiedL1SAE,
     TopKSAE,
 )
-from sparse_coding.storage import atomic_path, read_json, write_json
+from sparse_coding.storage import read_json, write_json
 
 CONFIG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
+recognises = partial(holds_files, names=(CONFIG, WEIGHTS))
 OURS = "sparse_coding"  # metadata key under which our own facts travel
 VERSION = "6.54.12"  # the SAELens whose layout is written; without it theirs assumes one before 6
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "float16", "bfloat16")}
@@ -50,13 +55,15 @@ class Layout(NamedTuple):
     """What one of SAELens's architectures holds, and which class of ours encodes alike."""
 
     tensors: dict[str, tuple[str, ...]]
-    """Shapes in the configuration's names."""
+    """Our names: shapes in the configuration's."""
     classes: dict[bool, type[SAE]]
     """By `apply_b_dec_to_input`; `_fold` makes up for a class that has it the other way."""
     integers: tuple[str, ...] = ()
     """Keys of its own, attributes of ours."""
     choices: dict[str, tuple[bool, ...]] = {}
     """Keys of its own: the value that is written, then what else can be read."""
+    renamed: dict[str, str] = {}
+    """Our names: theirs, where they differ."""
 
 
 TENSORS = {
@@ -76,12 +83,19 @@ LAYOUTS = {
     "jumprelu": Layout(
         TENSORS | {"threshold": ("d_sae",)}, {True: JumpReLUSAE, False: JumpReLUSAE}
     ),
+    "gated": Layout(
+        TENSORS | {"r_mag": ("d_sae",), "b_mag": ("d_sae",)},
+        {True: GatedSAE, False: GatedSAE},
+        renamed={"b_enc": "b_gate"},
+    ),
 }
 # The first that a class descends from has its formulas: what it is there, and was in training.
 WRITTEN_AS: dict[type[SAE], tuple[str, str]] = {
+    MatryoshkaSAE: ("jumprelu", "matryoshka_batchtopk"),
     BatchTopKSAE: ("jumprelu", "batchtopk"),
     TopKSAE: ("topk", "topk"),
     JumpReLUSAE: ("jumprelu", "jumprelu"),
+    GatedSAE: ("gated", "gated"),
     SAE: ("standard", "standard"),
 }
 ALLOWED = {
@@ -108,19 +122,18 @@ def save_saelens(
     on. `UserError` if the SAE encodes or decodes by a formula of its own, or if the folder exists
     and `overwrite` is not set; only an empty folder or an SAE's is ever replaced.
     """
-    _refuse_what_they_cannot_say(sae, density)
+    refuse_what_cannot_be_said(sae, WRITTEN_AS, "SAELens")
+    if density is not None and density.shape != (sae.d_sae,):
+        raise UserError(f"density is {tuple(density.shape)}; it must be ({sae.d_sae},)")
     with whole_folder(folder, CONFIG, overwrite=overwrite) as temporary:
-        _write_tensors(temporary / WEIGHTS, _tensors(sae))
+        renamed = LAYOUTS[_written_as(type(sae))[0]].renamed
+        tensors = {renamed.get(name, name): tensor for name, tensor in _tensors(sae).items()}
+        write_tensors(temporary / WEIGHTS, tensors)
         write_json(temporary / CONFIG, _config(sae, metadata))
         if density is not None:
             log_density = (density.double() + 1e-10).log10().float()
-            _write_tensors(temporary / SPARSITY, {"sparsity": log_density})
+            write_tensors(temporary / SPARSITY, {"sparsity": log_density})
     return Path(folder)
-
-
-def recognises(path: Path) -> bool:
-    """Whether a folder has SAELens's files."""
-    return (path / WEIGHTS).is_file() and (path / CONFIG).is_file()
 
 
 def load_saelens(folder: str | Path, device: torch.device | str = "cpu") -> SAE:
@@ -143,32 +156,29 @@ def load_saelens(folder: str | Path, device: torch.device | str = "cpu") -> SAE:
     folder = Path(folder)
     config = _read_config(folder / CONFIG)
     weights = _read_weights(folder / WEIGHTS, config)
-    cls, k = _class_that_encodes_alike(config, weights)
+    cls, settings = _class_that_encodes_alike(config, weights)
     # A generator of its own: loading must not advance the global random stream.
-    sae = cls(config["d_in"], config["d_sae"], torch.Generator(), **k)
+    sae = cls(config["d_in"], config["d_sae"], torch.Generator(), **settings)
     sae = sae.to(DTYPES[config["dtype"].removeprefix("torch.")])
     weights = _fold(weights, config, cls)
     sae.load_state_dict({name: weights[name] for name in sae.state_dict()})
     return sae.to(device)
 
 
-def _formulas(cls: type[SAE]) -> type[SAE]:
-    return next(base for base in WRITTEN_AS if issubclass(cls, base))
+def _written_as(cls: type[SAE]) -> tuple[str, str]:
+    return WRITTEN_AS[formulas(cls, WRITTEN_AS)]
 
 
 def _tensors(sae: SAE) -> dict[str, Tensor]:
-    tensors = {
-        name: getattr(sae, name) for name in LAYOUTS[WRITTEN_AS[_formulas(type(sae))][0]].tensors
-    }
+    tensors = {name: getattr(sae, name) for name in LAYOUTS[_written_as(type(sae))[0]].tensors}
     if "threshold" in tensors:
         tensors["threshold"] = tensors["threshold"].expand(sae.d_sae)
     return tensors
 
 
 def _config(sae: SAE, metadata: dict[str, Any]) -> dict[str, Any]:
-    architecture, trained_as = WRITTEN_AS[_formulas(type(sae))]
+    architecture, trained_as = _written_as(type(sae))
     layout = LAYOUTS[architecture]
-    k = {"k": sae.k} if sae.sparsity_is_chosen else {}
     return {
         "architecture": architecture,
         "d_in": sae.d_in,
@@ -185,33 +195,9 @@ def _config(sae: SAE, metadata: dict[str, Any]) -> dict[str, Any]:
             "sae_lens_version": VERSION,
             "sae_lens_training_version": None,  # or SAELens names itself as the trainer
             "training_architecture": trained_as,
-            OURS: {"class": sae.name, **k},
+            OURS: {"class": sae.name, **sae.settings},
         },
     }
-
-
-def _refuse_what_they_cannot_say(sae: SAE, density: Tensor | None) -> None:
-    cls, expected = type(sae), _formulas(type(sae))
-    for method in ("pre_activations", "encode", "decode"):
-        if getattr(cls, method) is not getattr(expected, method):
-            raise UserError(
-                f"{cls.__name__} has its own {method}, which SAELens's "
-                f"{WRITTEN_AS[expected][0]} architecture cannot express; it must keep that of "
-                f"{expected.__name__}"
-            )
-    if "threshold" in _tensors(sae) and (sae.threshold < 0).any():
-        raise UserError(
-            f"{cls.__name__} has a threshold below 0, where SAELens's ReLU would silence what it "
-            "lets through; set it to 0 or above"
-        )
-    if density is not None and density.shape != (sae.d_sae,):
-        raise UserError(f"density is {tuple(density.shape)}; it must be ({sae.d_sae},)")
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    with atomic_path(path) as temporary:
-        save_file(plain, temporary)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -260,41 +246,28 @@ def _check(
 
 
 def _read_weights(path: Path, config: dict[str, Any]) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
-    try:
-        weights = load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged: {error}") from None
-    expected = LAYOUTS[config["architecture"]].tensors
+    weights = read_tensors(path)
+    layout = LAYOUTS[config["architecture"]]
+    expected = {layout.renamed.get(name, name): axes for name, axes in layout.tensors.items()}
     if (weights.get("scaling_factor", torch.zeros(1)) == 1).all():
         del weights["scaling_factor"]  # of a fine-tuning before 6 that did not take place
-    if set(weights) != set(expected):
-        raise UserError(
-            f"{path} holds {', '.join(sorted(weights)) or 'nothing'}; "
-            f"a {config['architecture']} SAE holds {', '.join(expected)}"
-        )
-    for name, axes in expected.items():
-        tensor, shape = weights[name], tuple(config[axis] for axis in axes)
-        if tuple(tensor.shape) != shape:
-            raise UserError(f"{path}: {name} is {tuple(tensor.shape)}; {CONFIG} says {shape}")
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise UserError(f"{path}: {name} must hold finite floating-point numbers only")
-    return weights
+    shapes = {name: tuple(config[axis] for axis in axes) for name, axes in expected.items()}
+    check_tensors(path, weights, shapes, f"a {config['architecture']} SAE")
+    return {name: weights[layout.renamed.get(name, name)] for name in layout.tensors}
 
 
 def _class_that_encodes_alike(
     config: dict[str, Any], weights: dict[str, Tensor]
-) -> tuple[type[SAE], dict[str, int]]:
-    """The class, and its `k` where it has one."""
+) -> tuple[type[SAE], dict[str, Any]]:
+    """The class and its settings."""
     ours = config["metadata"].get(OURS)
     ours = ours if isinstance(ours, dict) else {}
     cls = ARCHITECTURES.get(str(ours.get("class")))
     if cls is None or not _is_still(cls, ours, config, weights):
         cls = LAYOUTS[config["architecture"]].classes[config["apply_b_dec_to_input"]]
-    if not cls.sparsity_is_chosen:
-        return cls, {}
-    return cls, {"k": ours["k"] if issubclass(cls, BatchTopKSAE) else config["k"]}
+    if issubclass(cls, BatchTopKSAE):
+        return cls, {name: ours[name] for name in ("k", "prefixes") if name in ours}
+    return cls, {"k": config["k"]} if cls.sparsity_is_chosen else {}
 
 
 def _is_still(
@@ -302,7 +275,7 @@ def _is_still(
 ) -> bool:
     """Whether a file still is of this class: SAELens hands our metadata on with weights that it
     has changed."""
-    architecture, _ = WRITTEN_AS[_formulas(cls)]
+    architecture, _ = _written_as(cls)
     written = architecture, cls.subtracts_b_dec
     if written != (config["architecture"], config["apply_b_dec_to_input"]):
         return False
@@ -310,8 +283,18 @@ def _is_still(
         return torch.equal(weights["W_enc"], weights["W_dec"].T)
     if issubclass(cls, BatchTopKSAE):
         is_shared = (weights["threshold"] == weights["threshold"][0]).all()
-        return bool(is_shared) and type(ours.get("k")) is int and ours["k"] > 0
+        has_k = type(ours.get("k")) is int and ours["k"] > 0
+        return bool(is_shared) and has_k and _are_prefixes(cls, ours, config["d_sae"])
     return True
+
+
+def _are_prefixes(cls: type[SAE], ours: dict[str, Any], d_sae: int) -> bool:
+    """Whether a Matryoshka has sizes that ascend to d_sae, and nothing else has any."""
+    if not issubclass(cls, MatryoshkaSAE):
+        return "prefixes" not in ours
+    sizes = ours.get("prefixes")
+    is_list = isinstance(sizes, list) and all(type(size) is int for size in sizes)
+    return is_list and sizes == sorted({*sizes}) and sizes[:1] > [0] and sizes[-1:] == [d_sae]
 
 
 def _fold(weights: dict[str, Tensor], config: dict[str, Any], cls: type[SAE]) -> dict[str, Tensor]:
@@ -327,6 +310,9 @@ def _fold(weights: dict[str, Tensor], config: dict[str, Any], cls: type[SAE]) ->
         sign = 1 if cls.subtracts_b_dec else -1
         shift = folded["b_dec"].double() @ folded["W_enc"].double()
         folded["b_enc"] = folded["b_enc"].double() + sign * shift
+        if "r_mag" in folded:
+            slope = folded["r_mag"].double().exp()
+            folded["b_mag"] = folded["b_mag"].double() + sign * slope * shift
     if "threshold" in folded:
         threshold = folded["threshold"].clamp(min=0)
         folded["threshold"] = threshold[0] if issubclass(cls, BatchTopKSAE) else threshold

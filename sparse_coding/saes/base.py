@@ -1,6 +1,6 @@
 """What every sparse autoencoder has: parameters, loss, start, constraint, units."""
 
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -10,7 +10,7 @@ from sparse_coding.dictionary import Dictionary
 
 
 class Loss(NamedTuple):
-    """What one batch costs: `total = mse + coefficient * penalty`."""
+    """What one batch costs: `total = mse + coefficient * penalty`, and what a class adds."""
 
     total: Float[Tensor, ""]
     mse: Float[Tensor, ""]
@@ -113,6 +113,14 @@ class SAE(Dictionary):
     def _silence(self, features: Int[Tensor, " chosen"], pre: Float[Tensor, " chosen"]) -> None:
         """Make features silent up to these pre-activations; never make one fire more."""
         self.b_enc[features] -= pre.clamp(min=0)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the class was made with besides its size, by the constructor's names."""
+        return {}
+
+    def anneal(self, n_steps_done: int, n_steps: int) -> None:
+        """Take the place in a schedule of the class's own; called before each training step."""
 
     def observe(self, f: Float[Tensor, "..."]) -> None:
         """Learn from a step's activations other than by gradient; zeros may be missing."""

@@ -1,5 +1,7 @@
 """Dictionaries that keep a chosen number of activations."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -47,11 +49,24 @@ class TopKSAE(UntiedSAE):
         pre = self.pre_activations(x)
         f = self.select(pre)
         error = x - self.decode(f)
-        mse, aux = error.square().sum(dim=1).mean(), torch.zeros_like(error[0, 0])
-        if dead is not None and len(dead):
-            f_dead = keep_largest(pre[:, dead], min(self.n_aux, len(dead)))
-            aux = (error.detach() - f_dead @ self.W_dec[dead]).square().sum(dim=1).mean()
+        mse, aux = error.square().sum(dim=1).mean(), self.auxiliary(pre, error, dead)
         return Loss(mse + self.aux_coeff * aux, mse, aux, f)
+
+    def auxiliary(
+        self,
+        pre: Float[Tensor, "batch d_sae"],
+        error: Float[Tensor, "batch d_in"],
+        dead: Int[Tensor, " n_dead"] | None,
+    ) -> Float[Tensor, ""]:
+        """AuxK: what the dead features leave of the error, squared, mean over the batch."""
+        if dead is None or len(dead) == 0:
+            return torch.zeros_like(error[0, 0])
+        f_dead = keep_largest(pre[:, dead], min(self.n_aux, len(dead)))
+        return (error.detach() - f_dead @ self.W_dec[dead]).square().sum(dim=1).mean()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"k": self.k}
 
     @property
     def n_aux(self) -> int:

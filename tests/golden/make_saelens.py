@@ -46,3 +46,6 @@ if __name__ == "__main__":
         write(f"saelens_jumprelu_{suffix}", "JumpReLU", apply_b_dec_to_input=is_subtracted)
     write("saelens_topk_rescaled", "TopK", k=3, rescale_acts_by_decoder_norm=True)
     write("saelens_batchtopk", "BatchTopKTraining", k=3)
+    for is_subtracted in (True, False):
+        suffix = "b_dec_subtracted" if is_subtracted else "b_dec_not_subtracted"
+        write(f"saelens_gated_{suffix}", "Gated", apply_b_dec_to_input=is_subtracted)

@@ -1,0 +1,195 @@
+"""The model card of a published SAE: what it is, what was measured, how every library loads it.
+
+Pure text from a run's own numbers; no torch, no files and no network.
+"""
+
+from typing import Any, NamedTuple
+
+from pretrained.catalogue import REPOSITORY
+
+WEIGHTS = "sae_weights.safetensors"
+
+
+class Facts(NamedTuple):
+    """All that a card is written from."""
+
+    repo: str
+    """user/name on the hub."""
+    name: str
+    """The SAE's name, and its folder in the repository."""
+    config: dict[str, Any]
+    """Its cfg.json."""
+    row: dict[str, Any]
+    """Its row of summary.json."""
+    run: dict[str, Any]
+    """The run's settings."""
+    environment: dict[str, Any]
+    figures: tuple[str, ...] = ()
+    """File names below figures/."""
+    licence: str = ""
+
+
+def model_card(facts: Facts) -> str:
+    """The README.md of the repository."""
+    parts = (_front_matter(facts), _head(facts), _measured(facts), _loading(facts),
+             _figures(facts), _training(facts))  # fmt: skip
+    return "\n".join(part for part in parts if part)
+
+
+def _front_matter(facts: Facts) -> str:
+    """What the hub reads."""
+    lm = str(facts.row["lm"]).partition("@")[0]
+    lines = ["---", "library_name: saelens"]
+    lines += [f"license: {facts.licence}"] if facts.licence else []
+    lines += [f"base_model: {lm}"] if REPOSITORY.fullmatch(lm) else []
+    lines += ["tags:", "- sparse-autoencoder", "- mechanistic-interpretability", "- saelens"]
+    return "\n".join([*lines, "---", ""])
+
+
+def _head(facts: Facts) -> str:
+    row = facts.row
+    return (
+        f"# {facts.name}\n\n"
+        f"A sparse autoencoder of {row['d_sae']:,} features ({row['ratio']} times the width "
+        f"{row['d_in']:,}) on `{row['hook_name']}` of {row['lm']}, trained as `"
+        f"{row['architecture']}` on {row['n_tokens_trained']:,} activations.\n"
+    )
+
+
+# What a reader needs beside each number.
+MEASURES = {
+    "l0": ("L0", "active features per token"),
+    "fvu": ("FVU", "fraction of variance unexplained, about the held-out mean"),
+    "nats_lost": ("nats lost", "rise of the cross-entropy when the model runs on reconstructions"),
+    "ce_recovered": ("CE recovered", "1 - nats lost / nats lost by zero-ablation"),
+    "ce_clean": ("CE, clean", "nats per token"),
+    "ce_sae": ("CE, reconstructed", "nats per token"),
+    "ce_mean": ("CE, mean-ablated", "nats per token"),
+    "ce_zero": ("CE, zero-ablated", "nats per token"),
+    "dead_fraction": ("silent features", "share that fired on none of these tokens"),
+}
+
+
+def _measured(facts: Facts) -> str:
+    row = facts.row
+    lines = ["## Measured", "", "| | | |", "|---|---|---|"]
+    for key, (label, meaning) in MEASURES.items():
+        if row.get(key) is not None:
+            lines.append(f"| {label} | {_value(row, key)} | {meaning} |")
+    tokens = f"{row['n_tokens_eval']:,} held-out tokens"
+    if row.get("n_tokens_ce"):
+        tokens += f", the cross-entropies on {row['n_tokens_ce']:,} of them"
+    lines += ["", f"On {tokens}. Brackets: 95 % intervals of a bootstrap over documents.", ""]
+    return "\n".join(lines)
+
+
+def _value(row: dict[str, Any], key: str) -> str:
+    low, high = row.get(f"{key}_low"), row.get(f"{key}_high")
+    interval = f" [{low:.4g}, {high:.4g}]" if low is not None and high is not None else ""
+    return f"{row[key]:.4g}{interval}"
+
+
+def _loading(facts: Facts) -> str:
+    snippets = {
+        "SAELens": f"from sae_lens import SAE\n\n"
+        f'sae = SAE.from_pretrained("{facts.repo}", "{facts.name}")',
+        "dictionary_learning": _dictionary_learning(facts),
+        "sparsify": _sparsify(facts),
+        "sparse_coding": "# python -m pretrained.fetch "
+        f"{facts.repo} --file {facts.name}   prints FOLDER\n"
+        "from sparse_coding.formats.saelens import load_saelens\n\nsae = load_saelens(FOLDER)",
+    }
+    text = "## Loading\n"
+    for library, code in snippets.items():
+        text += f"\n{library}:\n\n```python\n{code}\n```\n" if code else ""
+    missing = " and ".join(library for library, code in snippets.items() if not code)
+    if missing:
+        text += (
+            f"\nIts formula (`{facts.config['architecture']}`) has no counterpart in {missing}.\n"
+        )
+    return text
+
+
+# By SAELens's architecture and whether b_dec is subtracted from the input: the class of
+# dictionary_learning that encodes alike, its module, and its tensors from SAELens's.
+LINEAR = {"encoder.weight": "W_enc.T", "encoder.bias": "b_enc", "decoder.weight": "W_dec.T"}
+MATRICES = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")}
+COUNTERPARTS: dict[tuple[str, bool], tuple[str, str, dict[str, str]]] = {
+    ("standard", True): ("dictionary", "AutoEncoder", LINEAR | {"bias": "b_dec"}),
+    ("standard", False): ("dictionary", "AutoEncoderNew", LINEAR | {"decoder.bias": "b_dec"}),
+    ("topk", True): ("trainers.top_k", "AutoEncoderTopK", LINEAR | {"b_dec": "b_dec"}),
+    ("jumprelu", True): ("dictionary", "JumpReluAutoEncoder", MATRICES),
+    ("jumprelu", False): ("dictionary", "JumpReluAutoEncoder", MATRICES),
+}
+
+
+def _dictionary_learning(facts: Facts) -> str:
+    config = facts.config
+    key = config["architecture"], config["apply_b_dec_to_input"]
+    if key not in COUNTERPARTS:
+        return ""
+    module, cls, tensors = COUNTERPARTS[key]
+    k = f", {config['k']}" if key[0] == "topk" else ""
+    strict = ", strict=False" if key[0] == "topk" else ""  # k and the threshold stay as made
+    last = f"\nsae.apply_b_dec_to_input = {key[1]}" if key[0] == "jumprelu" else ""
+    return (
+        f"from dictionary_learning.{module} import {cls}\n{_weights(facts)}"
+        f"sae = {cls}({config['d_in']}, {config['d_sae']}{k})\n"
+        f"{_load_state(tensors, strict)}{last}"
+    )
+
+
+def _sparsify(facts: Facts) -> str:
+    config = facts.config
+    if (config["architecture"], config["apply_b_dec_to_input"]) != ("topk", True):
+        return ""
+    names = ("encoder.weight", "W_enc.T"), ("encoder.bias", "b_enc")
+    tensors = dict(names) | {"W_dec": "W_dec", "b_dec": "b_dec"}
+    return (
+        f"from sparsify import SparseCoder, SparseCoderConfig\n{_weights(facts)}"
+        f"cfg = SparseCoderConfig(num_latents={config['d_sae']}, k={config['k']})\n"
+        f"sae = SparseCoder({config['d_in']}, cfg)\n{_load_state(tensors, '')}"
+    )
+
+
+def _weights(facts: Facts) -> str:
+    return (
+        "from huggingface_hub import hf_hub_download\nfrom safetensors.torch import load_file\n\n"
+        f'w = load_file(hf_hub_download("{facts.repo}", "{facts.name}/{WEIGHTS}"))\n'
+    )
+
+
+def _load_state(tensors: dict[str, str], strict: str) -> str:
+    lines = []
+    for theirs, ours in tensors.items():
+        name, dot, transposed = ours.partition(".")
+        lines.append(f'    "{theirs}": w["{name}"]{dot}{transposed},\n')
+    return f"tensors = {{\n{''.join(lines)}}}\nsae.load_state_dict(tensors{strict})"
+
+
+def _figures(facts: Facts) -> str:
+    if not facts.figures:
+        return ""
+    pictures = "\n".join(f"![{name}](figures/{name})" for name in facts.figures)
+    return f"## Figures\n\nOf all SAEs of the run.\n\n{pictures}\n"
+
+
+# Settings that describe a training; a run knows many more.
+SETTINGS = ("context_length", "bos", "n_tokens", "n_epochs", "batch_tokens", "lr",
+            "lr_warmup_fraction", "lr_decay_fraction", "target_l0", "n_resamples")  # fmt: skip
+
+
+def _training(facts: Facts) -> str:
+    rows = {"l1_coeff": facts.row.get("l1_coeff"), "seed": facts.row.get("seed")}
+    rows |= {key: facts.run.get(key) for key in SETTINGS}
+    rows |= {
+        "commit": facts.environment.get("commit"),
+        "torch": facts.environment.get("versions", {}).get("torch"),
+    }
+    lines = [f"| {key} | {value} |" for key, value in rows.items() if value not in (None, [])]
+    return "\n".join(
+        ["## Training", "", "| | |", "|---|---|", *lines, "",
+         "The squared error is summed over the width, and activations were scaled to a "
+         "root-mean-square norm of sqrt(width); the scale is folded into the weights, so the SAE "
+         "takes raw activations.", ""]
+    )  # fmt: skip

@@ -1,0 +1,115 @@
+"""OpenAI's dictionaries on GPT-2 small: one .pt file, a state dict.
+
+    ReLU (v1):            f = relu((x - pre_bias) W_enc + latent_bias),  x_hat = f W_dec + pre_bias
+    TopK (v4, v5):        the same with top_k, on z = (x - mean) / (std + 1e-5) of each token's own
+                          mean and standard deviation (ddof 1), and x_hat = std * z_hat + mean
+
+The nn.Linear weights `encoder.weight` and `decoder.weight` are transposes of ours. Read only.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sparse_coding.dictionary import Dictionary
+from sparse_coding.errors import UserError
+from sparse_coding.formats.tensors import check_tensors
+from sparse_coding.formats.unpickle import contents, read_checkpoint
+from sparse_coding.sae import L1SAE, TopKSAE
+
+NAMES = {
+    "encoder.weight": "W_enc",
+    "decoder.weight": "W_dec",
+    "latent_bias": "b_enc",
+    "pre_bias": "b_dec",
+}
+STATISTICS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")
+EPS = 1e-5
+
+
+class StandardisedDictionary(Dictionary):
+    """A dictionary of tokens that are first standardised, each by itself.
+
+    What it undoes at the end depends on the token, and `decode` sees features alone. So two more
+    features, the last ones, carry what is needed: the token's mean (written along ones, it may be
+    negative) and its standard deviation (written along the bias). All others are in raw units,
+    std * f. An L0 of it is by 2 too large; `encode(x)[..., :-2]` leaves them out.
+    """
+
+    def __init__(self, inner: TopKSAE) -> None:
+        super().__init__()
+        self.inner = inner
+        self.d_in, self.d_sae = inner.d_in, inner.d_sae + 2
+
+    @property
+    def W_dec(self) -> Float[Tensor, "d_sae d_in"]:
+        bias = self.inner.b_dec
+        return torch.cat([self.inner.W_dec, torch.stack([torch.ones_like(bias), bias])])
+
+    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        mean, std = x.mean(dim=-1, keepdim=True), x.std(dim=-1, keepdim=True)
+        f = self.inner.encode((x - mean) / (std + EPS))
+        return torch.cat([std * f, mean, std], dim=-1)
+
+    def decode(self, f: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
+        return f @ self.W_dec
+
+
+def recognises(path: Path) -> bool:
+    """Whether it is a .pt file that names OpenAI's tensors."""
+    if not path.is_file() or path.suffix != ".pt":
+        return False
+    try:
+        return {"pre_bias", "latent_bias"} <= contents(path).strings
+    except UserError:
+        return False
+
+
+def load_openai(path: str | Path, device: torch.device | str = "cpu") -> Dictionary:
+    """The dictionary in a .pt file of openai/sparse_autoencoder: an `L1SAE`, or a TopK of
+    standardised tokens (`StandardisedDictionary`).
+
+    `UserError` for another activation, a missing or damaged file, NaN or infinity, names or shapes
+    that disagree.
+    """
+    path = Path(path)
+    state = read_checkpoint(path)
+    if not isinstance(state, dict):
+        raise UserError(f"{path} is not a state dict")
+    activation = state.pop("activation", "ReLU")
+    settings = state.pop("activation_state_dict", None) or {}
+    tensors = {name: value for name, value in state.items() if name not in STATISTICS}
+    if not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise UserError(f"{path} holds something else than tensors")
+    encoder = tensors.get("encoder.weight", torch.empty(0))
+    d_sae, d_in = encoder.shape if encoder.ndim == 2 else (0, 0)
+    shapes = {"encoder.weight": (d_sae, d_in), "decoder.weight": (d_in, d_sae)}
+    check_tensors(
+        path, tensors, shapes | {"latent_bias": (d_sae,), "pre_bias": (d_in,)}, "one of OpenAI's"
+    )
+    cls, options = _class(path, activation, settings, d_sae)
+    # A generator of its own: loading must not advance the global random stream.
+    sae = cls(d_in, d_sae, torch.Generator(), **options).to(encoder.dtype)
+    sae.load_state_dict(
+        {
+            ours: tensors[theirs].T if theirs.endswith(".weight") else tensors[theirs]
+            for theirs, ours in NAMES.items()
+        }
+    )
+    return (StandardisedDictionary(sae) if cls is TopKSAE else sae).to(device)
+
+
+def _class(
+    path: Path, activation: Any, settings: dict[str, Any], d_sae: int
+) -> tuple[type[L1SAE] | type[TopKSAE], dict[str, int]]:
+    if activation == "ReLU":
+        return L1SAE, {}
+    k, after = settings.get("k"), settings.get("postact_fn", "ReLU")
+    if activation != "TopK" or after != "ReLU":
+        raise UserError(f"{path}: activation is {activation!r} ({after!r}); supported: ReLU, TopK")
+    if type(k) is not int or not 0 < k <= d_sae:
+        raise UserError(f"{path}: k is {k!r}; it must be an integer between 1 and d_sae {d_sae}")
+    return TopKSAE, {"k": k}

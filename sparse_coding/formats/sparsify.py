@@ -1,0 +1,105 @@
+"""EleutherAI's sparsify: a folder of cfg.json and sae.safetensors.
+
+Written so that its `SparseCoder.load_from_disk` reads it as it is. It knows one architecture,
+
+    f = top_k(relu((x - b_dec) encoder.weight^T + encoder.bias)),   x_hat = f W_dec + b_dec
+
+which is `TopKSAE`; an nn.Linear's weight is the transpose of our W_enc, W_dec is as ours. Its
+groupmax (the largest of each of k groups), transcoders and skip connections have no class here.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_coding.errors import UserError
+from sparse_coding.formats.folders import holds_files, whole_folder
+from sparse_coding.formats.formulas import refuse_what_cannot_be_said
+from sparse_coding.formats.tensors import check_tensors, read_tensors, write_tensors
+from sparse_coding.sae import SAE, BatchTopKSAE, TopKSAE
+from sparse_coding.storage import read_json, write_json
+
+CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
+recognises = partial(holds_files, names=(CONFIG, WEIGHTS))
+NAMES = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
+# What the configuration may say, beside the sizes; absent in older files.
+ALLOWED = {"activation": "topk", "transcode": False, "skip_connection": False, "signed": False}
+
+
+def load_sparsify(folder: str | Path, device: torch.device | str = "cpu") -> SAE:
+    """The SAE in a sparsify folder, in the dtype of its file.
+
+    `UserError` for groupmax, a transcoder or a skip connection, a missing or damaged file, NaN or
+    infinity, names or shapes that disagree.
+    """
+    folder = Path(folder)
+    d_in, d_sae, k = _read_config(folder / CONFIG)
+    tensors = read_tensors(folder / WEIGHTS)
+    shapes = {"encoder.weight": (d_sae, d_in), "encoder.bias": (d_sae,)}
+    shapes |= {"W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    check_tensors(folder / WEIGHTS, tensors, shapes, "an SAE of sparsify")
+    # A generator of its own: loading must not advance the global random stream.
+    sae = TopKSAE(d_in, d_sae, torch.Generator(), k=k).to(tensors["W_dec"].dtype)
+    sae.load_state_dict({ours: _turned(theirs, tensors[theirs]) for theirs, ours in NAMES.items()})
+    return sae.to(device)
+
+
+def save_sparsify(
+    sae: SAE, folder: str | Path, *, metadata: dict[str, Any], overwrite: bool = False
+) -> Path:
+    """Write a `TopKSAE` of raw activations; the folder appears whole or not at all.
+
+    `metadata` joins cfg.json, where sparsify passes over it. `UserError` for any other class (a
+    BatchTopK's threshold cannot be said), or if the folder exists and `overwrite` is not set.
+    """
+    if isinstance(sae, BatchTopKSAE):
+        raise UserError(f"sparsify has no {type(sae).__name__}; it can hold: TopKSAE")
+    refuse_what_cannot_be_said(sae, (TopKSAE,), "sparsify")
+    config = metadata | {
+        "activation": "topk",
+        "expansion_factor": -(-sae.d_sae // sae.d_in),
+        "normalize_decoder": sae.has_unit_norm_rows,
+        "num_latents": sae.d_sae,
+        "k": sae.k,
+        "multi_topk": False,
+        "skip_connection": False,
+        "transcode": False,
+        "d_in": sae.d_in,
+    }
+    with whole_folder(folder, WEIGHTS, overwrite=overwrite) as temporary:
+        tensors = {
+            theirs: _turned(theirs, getattr(sae, ours).detach()) for theirs, ours in NAMES.items()
+        }
+        write_tensors(temporary / WEIGHTS, tensors)
+        write_json(temporary / CONFIG, config)
+    return Path(folder)
+
+
+def _turned(name: str, tensor: Tensor) -> Tensor:
+    return tensor.T if name == "encoder.weight" else tensor
+
+
+def _read_config(path: Path) -> tuple[int, int, int]:
+    """d_in, d_sae and k."""
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is not a configuration of sparsify: it must be a JSON object")
+    for key, allowed in ALLOWED.items():
+        if config.get(key, allowed) != allowed:
+            raise UserError(f"{path}: {key} is {config[key]!r}; supported is {allowed!r}")
+    # As in sparsify: 0 latents stand for a multiple of d_in; its defaults are 32 and 32.
+    sizes = {"d_in": config.get("d_in"), "k": config.get("k", 32)}
+    sizes["num_latents"] = config.get("num_latents", 0)
+    if sizes["num_latents"] == 0:
+        factor = config.get("expansion_factor", 32)
+        is_product = type(factor) is int and type(sizes["d_in"]) is int
+        sizes["num_latents"] = sizes["d_in"] * factor if is_product else factor
+    for key, size in sizes.items():
+        if type(size) is not int or size < 1:
+            raise UserError(f"{path}: {key} is {size!r}; it must be a positive integer")
+    if sizes["k"] > sizes["num_latents"]:
+        raise UserError(f"{path}: k is {sizes['k']}; it must be at most {sizes['num_latents']}")
+    return sizes["d_in"], sizes["num_latents"], sizes["k"]
