@@ -14,9 +14,11 @@ from rich.table import Table
 from sparse_coding.cache import cache_bytes
 from sparse_coding.errors import UserError
 from sparse_coding.harvest import hook_width
+from sparse_coding.kernels import FAST_CLASSES
 from sparse_coding.metrics import dead_upper_bound
 from sparse_coding.models import LanguageModel
 from sparse_coding.runs import Run, check_memory
+from sparse_coding.sae import ARCHITECTURES
 from sparse_coding.storage import fingerprint, read_json, write_json
 from sparse_coding.text import Card, CardRow, Text
 from sparse_coding.training import SAESpec, training_bytes
@@ -175,7 +177,8 @@ def print_plan(run: Run, lm: LanguageModel, specs: list[SAESpec]) -> None:
     n_steps = cfg.n_tokens * cfg.n_epochs // cfg.batch_tokens
     widths = {hook_name: hook_width(lm, hook_name) for hook_name in cfg.hook_name}
     n_parameters = sum(2 * spec.ratio * d * d for d in widths.values() for spec in specs)
-    autograd = cfg.step == "reference" or lm.device.type != "cpu"
+    is_fast = all(ARCHITECTURES[spec.architecture] in FAST_CLASSES for spec in specs)
+    autograd = cfg.step == "reference" or lm.device.type != "cpu" or not is_fast
     memory = sum(training_bytes(specs, d, cfg.batch_tokens, autograd) for d in widths.values())
     cache = cache_bytes(cfg.n_tokens, widths, getattr(torch, cfg.cache_dtype)) if cfg.cache else 0
     dtype = str(lm.dtype).removeprefix("torch.")

@@ -14,7 +14,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparse_coding.errors import UserError
-from sparse_coding.sae import SAE
+from sparse_coding.sae import (
+    L1SAE,
+    SAE,
+    BatchTopKSAE,
+    JumpReLUSAE,
+    NormWeightedL1SAE,
+    TiedL1SAE,
+    TopKSAE,
+)
+
+FAST_CLASSES = (TiedL1SAE, L1SAE, NormWeightedL1SAE, TopKSAE, BatchTopKSAE, JumpReLUSAE)
+"""What has a fast step; all others train by autograd."""
 
 
 class StepStatistics(NamedTuple):

@@ -27,7 +27,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparse_coding.errors import UserError
-from sparse_coding.kernels import StepStatistics, cpu_features, cpu_screen, cpu_tokens
+from sparse_coding.kernels import (
+    FAST_CLASSES,
+    StepStatistics,
+    cpu_features,
+    cpu_screen,
+    cpu_tokens,
+)
 from sparse_coding.kernels import cpu_loops as loops
 from sparse_coding.kernels.auxiliary import auxiliary_gradients
 from sparse_coding.kernels.cpu_dense import dense_gradients
@@ -51,7 +57,7 @@ L1_FAMILY = (TiedL1SAE, L1SAE, NormWeightedL1SAE)
 def supports(sae: SAE) -> bool:
     """Whether `CPUStep` can train this SAE: exactly one of the classes it knows, on a CPU."""
     return (
-        type(sae) in (*L1_FAMILY, TopKSAE, BatchTopKSAE, JumpReLUSAE)
+        type(sae) in FAST_CLASSES
         and sae.W_dec.device.type == "cpu"
         and sae.W_dec.dtype in (torch.float32, torch.float64)
     )

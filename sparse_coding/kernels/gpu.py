@@ -30,12 +30,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparse_coding.errors import UserError
-from sparse_coding.kernels import StepStatistics, gpu_screen, make_adam
+from sparse_coding.kernels import FAST_CLASSES, StepStatistics, gpu_screen, make_adam
 from sparse_coding.kernels.auxiliary import auxiliary_gradients
 from sparse_coding.kernels.gpu_screen import Listed, Screen, ceil_div, power_of_two
 from sparse_coding.kernels.reference import ReferenceStep
 from sparse_coding.sae import (
-    L1SAE,
     SAE,
     BatchTopKSAE,
     JumpReLUSAE,
@@ -62,7 +61,6 @@ KEYS_SIZE = 256
 """Candidates of one token among which TopK chooses at a time: rarely more than 2 k."""
 LAG = 8
 """Steps after which a count is read: by then the device has long written it."""
-KNOWN = (TiedL1SAE, L1SAE, NormWeightedL1SAE, TopKSAE, BatchTopKSAE, JumpReLUSAE)
 
 
 def supports_gpu(sae: SAE) -> bool:
@@ -113,7 +111,7 @@ def _difference(device: torch.device, architecture: type[SAE], is_low: bool) -> 
 
 
 def _is_known(sae: SAE) -> bool:
-    return type(sae) in KNOWN and sae.W_dec.dtype in (torch.float32, torch.float64)
+    return type(sae) in FAST_CLASSES and sae.W_dec.dtype in (torch.float32, torch.float64)
 
 
 def _learns_threshold(sae: SAE) -> bool:
