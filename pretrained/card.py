@@ -114,10 +114,15 @@ def _loading(facts: Facts) -> str:
 # dictionary_learning that encodes alike, its module, and its tensors from SAELens's.
 LINEAR = {"encoder.weight": "W_enc.T", "encoder.bias": "b_enc", "decoder.weight": "W_dec.T"}
 MATRICES = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")}
+GATED = {
+    "encoder.weight": "W_enc.T", "decoder.weight": "W_dec.T", "decoder_bias": "b_dec",
+    "gate_bias": "b_gate", "mag_bias": "b_mag", "r_mag": "r_mag",
+}  # fmt: skip
 COUNTERPARTS: dict[tuple[str, bool], tuple[str, str, dict[str, str]]] = {
     ("standard", True): ("dictionary", "AutoEncoder", LINEAR | {"bias": "b_dec"}),
     ("standard", False): ("dictionary", "AutoEncoderNew", LINEAR | {"decoder.bias": "b_dec"}),
     ("topk", True): ("trainers.top_k", "AutoEncoderTopK", LINEAR | {"b_dec": "b_dec"}),
+    ("gated", True): ("dictionary", "GatedAutoEncoder", GATED),
     ("jumprelu", True): ("dictionary", "JumpReluAutoEncoder", MATRICES),
     ("jumprelu", False): ("dictionary", "JumpReluAutoEncoder", MATRICES),
 }

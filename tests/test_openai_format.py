@@ -10,9 +10,9 @@ import torch
 
 from sparse_coding.errors import UserError
 from sparse_coding.formats import format_of, load_dictionary
-from sparse_coding.formats.openai import StandardisedDictionary, load_openai
-from sparse_coding.formats.unpickle import write_state_dict
-from sparse_coding.sae import L1SAE
+from sparse_coding.formats.openai import StandardisedDictionary, load_openai, save_openai
+from sparse_coding.formats.unpickle import read_checkpoint, write_state_dict
+from sparse_coding.sae import ARCHITECTURES, L1SAE
 
 D_IN, D_SAE, K = 8, 12, 3
 
@@ -85,6 +85,30 @@ def test_topk_standardises_each_token_and_undoes_it_through_two_more_features(tm
     torch.testing.assert_close(encoded[:, -2:], torch.cat([mean, std], dim=1))
     assert (encoded[:, :-2] > 0).sum(dim=1).max() <= K
     torch.testing.assert_close(dictionary.decode(encoded), x_hat, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["l1", "tied_l1"])
+def test_ours_is_written_in_the_layout_of_v1(tmp_path, x, name):
+    sae = ARCHITECTURES[name](D_IN, D_SAE, torch.Generator().manual_seed(3))
+    sae.b_dec.data += 1.0
+    path = save_openai(sae, tmp_path / "a.pt")
+    written = {n: v for n, v in read_checkpoint(path).items() if n in state()}
+    assert written.keys() == state().keys()
+    rows = [forward(row, written, is_topk=False) for row in x.double().numpy()]
+    f, x_hat = (torch.tensor(np.stack(part)).float() for part in zip(*rows, strict=True))
+    torch.testing.assert_close(sae.encode(x), f, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sae(x), x_hat, rtol=1e-5, atol=1e-5)
+    assert torch.equal(load_openai(path).W_enc, sae.W_enc)
+    with pytest.raises(UserError, match="exists"):
+        save_openai(sae, path)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in ARCHITECTURES if n not in ("l1", "tied_l1", "p_anneal")]
+)
+def test_another_class_is_not_written(name, tmp_path):
+    with pytest.raises(UserError, match="OpenAI's layout has no .*; it can hold: L1SAE"):
+        save_openai(ARCHITECTURES[name](D_IN, D_SAE), tmp_path / "a.pt")
 
 
 @pytest.mark.parametrize(

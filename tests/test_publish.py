@@ -20,7 +20,7 @@ from tests.file_server import TOKEN, error_of
 
 ROOT = Path(__file__).parents[1]
 D_IN, D_SAE, K = 12, 20, 3
-CHOSEN = ("tied_l1", "l1", "norm_weighted_l1", "topk", "batch_topk", "jumprelu")
+CHOSEN = tuple(ARCHITECTURES)
 
 ROW = {
     "ratio": 2, "d_in": D_IN, "d_sae": D_SAE, "l1_coeff": 1.5, "seed": 7, "lm": "owner/model",

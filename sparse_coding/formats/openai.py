@@ -4,7 +4,8 @@
     TopK (v4, v5):        the same with top_k, on z = (x - mean) / (std + 1e-5) of each token's own
                           mean and standard deviation (ddof 1), and x_hat = std * z_hat + mean
 
-The nn.Linear weights `encoder.weight` and `decoder.weight` are transposes of ours. Read only.
+The nn.Linear weights `encoder.weight` and `decoder.weight` are transposes of ours. A TopK of ours
+cannot be written: theirs always standardises.
 """
 
 from pathlib import Path
@@ -16,9 +17,10 @@ from torch import Tensor
 
 from sparse_coding.dictionary import Dictionary
 from sparse_coding.errors import UserError
+from sparse_coding.formats.formulas import refuse_what_cannot_be_said
 from sparse_coding.formats.tensors import check_tensors
-from sparse_coding.formats.unpickle import contents, read_checkpoint
-from sparse_coding.sae import L1SAE, TopKSAE
+from sparse_coding.formats.unpickle import contents, read_checkpoint, write_state_dict
+from sparse_coding.sae import L1SAE, SAE, TiedL1SAE, TopKSAE
 
 NAMES = {
     "encoder.weight": "W_enc",
@@ -93,13 +95,27 @@ def load_openai(path: str | Path, device: torch.device | str = "cpu") -> Diction
     cls, options = _class(path, activation, settings, d_sae)
     # A generator of its own: loading must not advance the global random stream.
     sae = cls(d_in, d_sae, torch.Generator(), **options).to(encoder.dtype)
-    sae.load_state_dict(
-        {
-            ours: tensors[theirs].T if theirs.endswith(".weight") else tensors[theirs]
-            for theirs, ours in NAMES.items()
-        }
-    )
+    sae.load_state_dict({ours: _turned(theirs, tensors[theirs]) for theirs, ours in NAMES.items()})
     return (StandardisedDictionary(sae) if cls is TopKSAE else sae).to(device)
+
+
+def save_openai(sae: SAE, path: str | Path, *, overwrite: bool = False) -> Path:
+    """Write an `L1SAE` (or tied) of raw activations as a .pt file; it is whole or absent.
+
+    The layout has no place for metadata. `UserError` for a class with another formula, or if the
+    file exists and `overwrite` is not set.
+    """
+    refuse_what_cannot_be_said(sae, (L1SAE, TiedL1SAE), "OpenAI's layout")
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists; choose another name or allow overwriting")
+    tensors = {theirs: _turned(theirs, getattr(sae, ours)) for theirs, ours in NAMES.items()}
+    silent = torch.zeros(sae.d_sae)  # their statistics of a training, which is not known here
+    return write_state_dict(path, tensors | dict.fromkeys(STATISTICS, silent))
+
+
+def _turned(name: str, tensor: Tensor) -> Tensor:
+    return tensor.T if name.endswith(".weight") else tensor
 
 
 def _class(
