@@ -4,12 +4,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sparse_coding.dictionary import Dictionary
 from sparse_coding.metrics import ActivationSums, ReconstructionSums
-from sparse_coding.sae import SAE
 
 
 @torch.no_grad()
-def measure_fit(sae: SAE, x: Float[Tensor, "n d_in"], l1_coeff: float) -> dict[str, float]:
+def measure_fit(sae: Dictionary, x: Float[Tensor, "n d_in"], l1_coeff: float) -> dict[str, float]:
     """l0, fvu, the loss (squared error and L1 weighted by row norms) and silent features on x."""
     inputs, sums = ActivationSums(sae.d_in, 1), ReconstructionSums(sae, 1)
     norms = sae.W_dec.norm(dim=1)

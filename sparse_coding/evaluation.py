@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from sparse_coding.dictionary import Dictionary
 from sparse_coding.errors import UserError
 from sparse_coding.harvest import activations, kept_rows
 from sparse_coding.metrics import (
@@ -25,7 +26,6 @@ from sparse_coding.metrics import (
     mean_per_row,
 )
 from sparse_coding.models import LanguageModel
-from sparse_coding.sae import SAE
 from sparse_coding.splice import cross_entropies
 from sparse_coding.text import TokenBatch
 
@@ -60,7 +60,7 @@ class Evaluation:
         self.n_documents = 1 + max(int(batch.document.max()) for batch in batches)
 
     def reconstruction(
-        self, saes: dict[str, SAE]
+        self, saes: dict[str, Dictionary]
     ) -> tuple[ActivationSums, dict[str, ReconstructionSums]]:
         """Sums over all batches for fvu, l0 and firing counts."""
         d_in = next(iter(saes.values())).d_in
@@ -81,7 +81,7 @@ class Evaluation:
         return acts[keep].float(), batch.document.to(acts.device)[keep]
 
     def cross_entropy(
-        self, saes: dict[str, SAE], mean: Float[Tensor, " d_in"], n_tokens: int
+        self, saes: dict[str, Dictionary], mean: Float[Tensor, " d_in"], n_tokens: int
     ) -> tuple[Float[Tensor, " documents"], dict[str, Float[Tensor, " documents"]]]:
         """Per document: targets counted, and summed losses (nats) clean, ablated and per SAE.
 
@@ -119,7 +119,10 @@ class Measured(NamedTuple):
 
 
 def evaluate(
-    evaluation: Evaluation, saes: dict[str, SAE], mean: Float[Tensor, " d_in"], n_tokens_ce: int
+    evaluation: Evaluation,
+    saes: dict[str, Dictionary],
+    mean: Float[Tensor, " d_in"],
+    n_tokens_ce: int,
 ) -> dict[str, Measured]:
     """Held-out numbers of SAEs on raw activations, by name.
 
