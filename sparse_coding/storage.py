@@ -62,7 +62,7 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path} does not exist")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also of numbers and nesting too long
         raise UserError(f"{path} is not valid JSON: {error}") from None
 
 

@@ -1,12 +1,15 @@
 """OpenAI's format. They publish no package: the forward passes are written out here, from
-openai/sparse_autoencoder's model.py, in float64 NumPy; and what is refused.
+openai/sparse_autoencoder's model.py, in float64 NumPy; and files that its module wrote, with what
+it made of them; and what is refused.
 """
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from sparse_coding.errors import UserError
 from sparse_coding.formats import format_of, load_dictionary
@@ -14,10 +17,11 @@ from sparse_coding.formats.openai import StandardisedDictionary, load_openai, sa
 from sparse_coding.formats.unpickle import read_checkpoint, write_state_dict
 from sparse_coding.sae import ARCHITECTURES, L1SAE
 
+GOLDEN = Path(__file__).parent / "golden" / "openai"
 D_IN, D_SAE, K = 8, 12, 3
 
 
-def state(**changes):
+def state(changes=None, **more):
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape):
@@ -32,11 +36,12 @@ def state(**changes):
         "latents_activation_frequency": torch.zeros(D_SAE),
         "latents_mean_square": torch.zeros(D_SAE),
     }
-    return {name: value for name, value in (tensors | changes).items() if value is not None}
+    changed = tensors | (changes or {}) | more
+    return {name: value for name, value in changed.items() if value is not None}
 
 
-def write(path, **changes):
-    torch.save(state(**changes), path)
+def write(path, changes=None, **more):
+    torch.save(state(changes, **more), path)
     return path
 
 
@@ -60,6 +65,34 @@ def forward(x, weights, is_topk):
     f = np.maximum(pre, 0)
     x_hat = w["decoder.weight"] @ f + w["pre_bias"]
     return f, (x_hat * std + mean if is_topk else x_hat)
+
+
+@pytest.mark.parametrize("name", ["relu", "topk"])
+def test_golden_files_encode_and_decode_as_their_module_recorded(name):
+    recorded = load_file(GOLDEN / f"{name}_recorded.safetensors")
+    dictionary = load_dictionary(GOLDEN / f"{name}.pt")
+    with torch.no_grad():
+        f, x_hat = dictionary.encode(recorded["x"]), dictionary(recorded["x"])
+    if name == "topk":
+        f = f[:, :-2] / recorded["x"].std(dim=1, keepdim=True)
+    torch.testing.assert_close(f, recorded["f"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(x_hat, recorded["x_hat"], rtol=1e-5, atol=1e-5)
+
+
+def test_a_topk_encodes_each_token_by_itself(tmp_path, x):
+    """The mean, the deviation and the k largest are a token's own, whatever stands beside it."""
+    dictionary = load_openai(write(tmp_path / "5.pt", **TOPK))
+    louder = x * torch.tensor([[1.0], [100.0], [1.0], [1.0], [1.0], [1.0]])
+    encoded = dictionary.encode(louder)
+    torch.testing.assert_close(encoded[2:], dictionary.encode(x)[2:])
+    assert dictionary.encode(x[0]).shape == (D_SAE + 2,)
+    assert dictionary.decode(encoded.view(2, 3, -1)).shape == (2, 3, D_IN)
+
+
+def test_what_a_topk_adds_to_its_features_are_rows_of_the_decoder(tmp_path, x):
+    dictionary = load_openai(write(tmp_path / "5.pt", **TOPK))
+    assert torch.equal(dictionary.W_dec[-2:], torch.stack([torch.ones(D_IN), state()["pre_bias"]]))
+    assert torch.equal(dictionary.decode(torch.zeros(D_SAE + 2)), torch.zeros(D_IN))
 
 
 def test_v1_is_a_relu_dictionary_that_subtracts_its_bias(tmp_path, x):
@@ -121,12 +154,17 @@ def test_another_class_is_not_written(name, tmp_path):
         ({"pre_bias": None}, "one of OpenAI's holds"),
         ({"decoder.weight": torch.zeros(D_SAE, D_IN)}, "decoder.weight is (12, 8); it must be"),
         ({"latent_bias": torch.full((D_SAE,), torch.nan)}, "latent_bias must hold finite"),
-        ({"pre_bias": "text"}, "holds something else than tensors"),
+        ({"pre_bias": "text"}, "'pre_bias' is 'text'; it must be a tensor"),
+        ({1: torch.ones(2)}, "is not a state dict"),
+        ({"activation": torch.ones(3, 3)}, "activation is 'Tensor'"),
+        (TOPK | {"activation_state_dict": "k"}, "k is None"),
+        (TOPK | {"activation_state_dict": torch.ones(3)}, "k is None"),
+        (TOPK | {"activation_state_dict": {"k": torch.ones(3, 3)}}, "k is 'Tensor'"),
     ],
 )
 def test_what_is_not_one_of_theirs_is_refused(tmp_path, changes, line):
     with pytest.raises(UserError) as caught:
-        load_openai(write(tmp_path / "5.pt", **changes))
+        load_openai(write(tmp_path / "5.pt", changes))
     assert line in str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -61,6 +61,32 @@ def test_the_encoder_is_transposed_the_decoder_is_not_and_b_dec_is_subtracted(go
     torch.testing.assert_close(at_centre, theirs["encoder.bias"])
 
 
+def test_each_token_keeps_its_own_k_largest(sae):
+    x = torch.randn(7, 12, generator=torch.Generator().manual_seed(2))
+    x[0] *= 100  # would take every place of a batch's top k
+    loaded = load_sparsify(GOLDEN / "topk")
+    for dictionary, k, rows in ((sae, 6, x), (loaded, 3, x[:, :5])):
+        pre = torch.relu(dictionary.pre_activations(rows))
+        n_active = (dictionary.encode(rows) > 0).sum(dim=1)
+        assert torch.equal(n_active, (pre > 0).sum(dim=1).clamp(max=k))
+
+
+def test_a_configuration_of_2024_is_an_saes(golden):
+    """EleutherAI/sae-llama-3-8b-32x has these keys alone: no activation, no num_latents."""
+    shutil.copytree(GOLDEN / "topk_by_factor", golden, dirs_exist_ok=True)
+    expected = load_sparsify(golden)
+    keys = {"expansion_factor": 2, "normalize_decoder": True, "k": 3, "signed": False, "d_in": 5}
+    (golden / "cfg.json").write_text(json.dumps(keys))
+    sae = load_sparsify(golden)
+    assert (sae.d_sae, sae.k) == (10, 3)
+    assert torch.equal(sae.W_enc, expected.W_enc)
+
+
+def test_metadata_cannot_contradict_what_is_written(sae, tmp_path):
+    folder = save_sparsify(sae, tmp_path / "a", metadata={"signed": True, "k": 1, "d_in": 3})
+    assert (load_sparsify(folder).k, load_sparsify(folder).d_in) == (6, 12)
+
+
 def test_ours_comes_back_bit_by_bit_and_names_its_format(sae, tmp_path):
     folder = save_sparsify(sae, tmp_path / "a", metadata={"lm": "gpt2"})
     loaded = load_sparsify(folder)
@@ -71,11 +97,16 @@ def test_ours_comes_back_bit_by_bit_and_names_its_format(sae, tmp_path):
     assert json.loads((folder / "cfg.json").read_text())["lm"] == "gpt2"
 
 
-def test_ours_encodes_and_decodes_alike_in_sparsify(sae, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ours_encodes_and_decodes_alike_in_sparsify(sae, tmp_path, dtype):
     sparsify = pytest.importorskip(
         "sparsify", reason="sparsify is not installed: benchmarks/requirements-peers.txt"
     )
-    theirs = sparsify.SparseCoder.load_from_disk(save_sparsify(sae, tmp_path / "a", metadata={}))
+    folder = save_sparsify(sae.to(dtype), tmp_path / "a", metadata={"lm": "gpt2"})
+    theirs = sparsify.SparseCoder.load_from_disk(folder)
+    assert theirs.dtype == dtype
+    # Both in float32: in bfloat16 ties among the k largest would be broken differently.
+    theirs, sae = theirs.float(), load_sparsify(folder).float()
     x = 3 * torch.randn(7, 12, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         top = theirs.encode(x)
@@ -98,11 +129,15 @@ def test_another_class_is_not_written(name, tmp_path):
         ({"activation": "groupmax"}, "activation is 'groupmax'; supported is 'topk'"),
         ({"transcode": True}, "transcode is True"),
         ({"skip_connection": True}, "skip_connection is True"),
-        ({"k": 8}, "k is 8; it must be at most 7"),
-        ({"k": 0}, "k is 0; it must be a positive integer"),
+        ({"k": 8}, "k is 8; it must be at most the 7 latents"),
+        ({"k": 0}, "k is 0; it must be an integer from 1 to 2147483647"),
+        ({"k": True}, "k is True; it must be an integer"),
         ({"d_in": "5"}, "d_in is '5'"),
         ({"d_in": 6}, "encoder.weight is (7, 5); it must be (7, 6)"),
-        ({"num_latents": 0, "expansion_factor": None}, "num_latents is None"),
+        ({"num_latents": 0, "expansion_factor": None}, "expansion_factor is None"),
+        ({"num_latents": 0, "expansion_factor": 10**4000, "d_in": 10**4000}, "d_in is 1000"),
+        # EleutherAI/skip-transcoder-Llama-3.2-1B-131k, which does not say `transcode`.
+        ({"transcode": False, "skip_connection": True}, "skip_connection is True"),
     ],
 )
 def test_a_configuration_that_cannot_be_followed_is_refused(golden, changes, line):

@@ -3,13 +3,20 @@
     f = pre * (pre > threshold),   pre = x W_enc + b_enc,   x_hat = f W_dec + b_dec
 
 which is `JumpReLUSAE`, with one threshold per feature and orientations equal to ours; b_dec is not
-subtracted from the input. Gemma Scope 2 writes w_enc and w_dec. The SAEs on embeddings (folder
-`embedding`) were trained on embeddings times sqrt(d_in), which Gemma applies after the hook: their
-W_enc is divided by it and W_dec multiplied, as in SAELens. Transcoders have no class here.
+subtracted from the input. Gemma Scope 2 writes w_enc and w_dec. Transcoders and crosscoders have
+no class here.
+
+The first release's SAEs of the folder `embedding` were trained on rows of Gemma's embedding
+matrix, which the model multiplies by sqrt(d_in) before its first block. Here, as in
+TransformerLens (`hook_embed`) and SAELens, x is the product: W_enc is divided by sqrt(d_in) and
+W_dec multiplied. Nothing in the file says so, and nothing says that it is a transcoder of the
+first release: the names of the folders, as published, do.
 """
 
+import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import reduce
 from math import prod
 from pathlib import Path
 
@@ -24,9 +31,12 @@ from sparse_coding.sae import SAE, JumpReLUSAE
 from sparse_coding.storage import atomic_path, read_json
 
 ARCHIVE, TENSORS, CONFIG = "params.npz", "params.safetensors", "config.json"
-NAMES = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
-MAX_BYTES = 2**36
-"""Of one archive's arrays: four times the largest dictionary of the release."""
+NAMES = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")  # theirs and ours
+SPELLINGS = {"w_enc": "W_enc", "w_dec": "W_dec"}  # Gemma Scope 2's: ours
+MAX_RATIO = 8  # of the arrays to the archive: float32 weights deflate by 1.1, bfloat16 ones by 2.3
+OTHERS = re.compile(
+    r"gemma-scope[^/]*-transcoders/|/(transcoder|crosscoder|clt)(_all)?/[^/]+/[^/]+$"
+)
 
 
 def recognises(path: Path) -> bool:
@@ -37,37 +47,35 @@ def recognises(path: Path) -> bool:
 
 
 def load_gemma_scope(path: str | Path, device: torch.device | str = "cpu") -> SAE:
-    """The SAE in a Gemma Scope folder or parameter file, in float32 or the file's own dtype.
+    """The SAE in a Gemma Scope folder or parameter file, of raw activations.
 
-    Thresholds below 0 become 0, as a JumpReLU with a ReLU in it acts. `UserError` for a
-    transcoder, a missing or damaged file, a pickled array, NaN or infinity, names or shapes that
-    disagree.
+    In float32 from an archive, in the file's own dtype otherwise. Thresholds below 0 become 0, as
+    a JumpReLU with a ReLU in it acts. `UserError` for a transcoder or crosscoder, a missing or
+    damaged file, a pickled array, NaN or infinity, names or shapes that disagree.
     """
     path = Path(path)
     if path.is_dir():
         path = path / (ARCHIVE if (path / ARCHIVE).is_file() else TENSORS)
     tensors = _read_archive(path) if path.suffix == ".npz" else read_tensors(path)
-    _refuse_a_transcoder(path, tensors)
-    tensors = {name[:1].upper() + name[1:] if name[:2] == "w_" else name: tensors[name]
-               for name in tensors}  # fmt: skip
-    d_in, d_sae = (
-        tensors["W_enc"].shape if tensors.get("W_enc", torch.empty(0)).ndim == 2 else (0, 0)
-    )
+    _refuse_what_is_no_sae(path, tensors)
+    tensors = _in_our_names(path, tensors)
+    d_in, d_sae = tensors["W_enc"].shape if "W_enc" in tensors else (0, 0)
     shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_enc": (d_sae,)}
     shapes |= {"b_dec": (d_in,), "threshold": (d_sae,)}
     check_tensors(path, tensors, shapes, "an SAE of Gemma Scope")
-    if "embedding" in path.parts:
-        tensors["W_enc"] = tensors["W_enc"] / d_in**0.5
-        tensors["W_dec"] = tensors["W_dec"] * d_in**0.5
+    scale = _embedding_scale(path, d_in)
+    tensors["W_enc"] = tensors["W_enc"] / scale
+    tensors["W_dec"] = tensors["W_dec"] * scale
     tensors["threshold"] = tensors["threshold"].clamp(min=0)
     # A generator of its own: loading must not advance the global random stream.
-    sae = JumpReLUSAE(d_in, d_sae, torch.Generator()).to(tensors["W_dec"].dtype)
+    sae = JumpReLUSAE(d_in, d_sae, torch.Generator())
+    sae.to(reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values())))
     sae.load_state_dict(tensors)
     return sae.to(device)
 
 
 def save_gemma_scope(sae: SAE, folder: str | Path, *, overwrite: bool = False) -> Path:
-    """Write params.npz of a `JumpReLUSAE` of raw activations; the file is whole or absent.
+    """Write params.npz of a `JumpReLUSAE` of raw activations, in float32; it is whole or absent.
 
     The layout has no place for metadata. `UserError` for any other class, or if the file exists
     and `overwrite` is not set.
@@ -76,11 +84,48 @@ def save_gemma_scope(sae: SAE, folder: str | Path, *, overwrite: bool = False) -
     path = Path(folder) / ARCHIVE
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists; choose another folder or allow overwriting")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    arrays = {name: getattr(sae, name).detach().float().cpu().numpy() for name in NAMES}
+    tensors = {name: getattr(sae, name).detach().float() for name in NAMES}
+    scale = _embedding_scale(path, sae.d_in)
+    tensors["W_enc"] = tensors["W_enc"] * scale
+    tensors["W_dec"] = tensors["W_dec"] / scale
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **arrays)
+        np.savez(file, **{name: tensor.cpu().numpy() for name, tensor in tensors.items()})
     return path.parent
+
+
+def _embedding_scale(path: Path, d_in: int) -> float:
+    """sqrt(d_in) for embedding/width_4k/average_l0_6/params.npz and its like, else 1."""
+    is_embedding = path.name == ARCHIVE and "embedding" in path.absolute().parts[-4:-1]
+    return d_in**0.5 if is_embedding else 1.0
+
+
+def _in_our_names(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    named = {SPELLINGS.get(name, name): tensor for name, tensor in tensors.items()}
+    if len(named) < len(tensors):
+        raise UserError(f"{path} holds {', '.join(sorted(tensors))}: the same matrix twice")
+    W_enc = named.get("W_enc")
+    if W_enc is not None and (W_enc.ndim != 2 or W_enc.numel() == 0):
+        raise UserError(f"{path}: W_enc is {tuple(W_enc.shape)}; it must be (d_in, d_sae)")
+    return named
+
+
+def _refuse_what_is_no_sae(path: Path, names: Iterable[str]) -> None:
+    config = path.parent / CONFIG
+    facts = read_json(config) if config.is_file() else {}
+    if not isinstance(facts, dict):
+        raise UserError(f"{config} is not a configuration of Gemma Scope: no JSON object")
+    hook = facts.get("hf_hook_point_in")
+    is_sae = facts.get("type", "sae") == "sae" and facts.get("hf_hook_point_out", hook) == hook
+    if (
+        not is_sae
+        or "affine_skip_connection" in names
+        or OTHERS.search(path.absolute().as_posix())
+    ):
+        raise UserError(f"{path} is a transcoder or crosscoder; only SAEs are supported")
+    if facts.get("architecture", "jump_relu") != "jump_relu":
+        raise UserError(
+            f"{config}: architecture is {facts['architecture']!r}; supported is 'jump_relu'"
+        )
 
 
 def _read_archive(path: Path) -> dict[str, Tensor]:
@@ -88,38 +133,30 @@ def _read_archive(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} does not exist")
     try:
         with zipfile.ZipFile(path) as archive:
-            sizes = {info.filename: info.file_size for info in archive.infolist()}
-            if sum(sizes.values()) > MAX_BYTES or len(sizes) > 16:
+            size = sum(entry.file_size for entry in archive.infolist())
+            if size > MAX_RATIO * path.stat().st_size:
                 raise UserError(
-                    f"{path} claims {sum(sizes.values()):,} bytes in {len(sizes)} arrays"
+                    f"{path} unpacks to {size:,} bytes, over {MAX_RATIO} times its own"
                 )
-            for name, size in sizes.items():
-                _refuse_a_lying_header(path, archive, name, size)
+            for entry in archive.infolist():
+                with archive.open(entry) as file:
+                    _check_header(f"{path}: {entry.filename}", file, entry.file_size)
         with np.load(path, allow_pickle=False) as arrays:
-            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+            return {name: torch.from_numpy(arrays[name].astype("f4")) for name in arrays.files}
+    except UserError:
+        raise
+    except Exception as error:  # zipfile, zlib and numpy read a hostile file: they raise anything
+        raise UserError(f"{path} is damaged or no archive ({type(error).__name__})") from None
 
 
-def _refuse_a_lying_header(path: Path, archive: zipfile.ZipFile, name: str, size: int) -> None:
-    """`UserError` if an array's header claims more than its file has: it would be allocated."""
-    with archive.open(name) as file:
-        version = np.lib.format.read_magic(file)
-        read = {(1, 0): np.lib.format.read_array_header_1_0}.get(
-            version, np.lib.format.read_array_header_2_0
-        )
-        shape, _, dtype = read(file)
-    if dtype.hasobject or prod(shape) * dtype.itemsize > size:
-        raise UserError(
-            f"{path}: {name} claims to be {shape} of {dtype}; its file has {size} bytes"
-        )
-
-
-def _refuse_a_transcoder(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    config = path.parent / CONFIG
-    facts = read_json(config) if config.is_file() else {}
-    hooks = [facts.get(f"hf_hook_point_{end}") for end in ("in", "out")] if facts else [None] * 2
-    if "affine_skip_connection" in tensors or hooks[0] != hooks[1]:
-        raise UserError(
-            f"{path} is a transcoder, from one hook to another; only SAEs are supported"
-        )
+def _check_header(what: str, file: zipfile.ZipExtFile, size: int) -> None:
+    """`UserError` unless an array's header claims floats that its file has: they get allocated."""
+    version = np.lib.format.read_magic(file)
+    read = {(1, 0): np.lib.format.read_array_header_1_0}.get(
+        version, np.lib.format.read_array_header_2_0
+    )
+    shape, _, dtype = read(file)
+    if dtype.kind != "f":
+        raise UserError(f"{what} holds {dtype}; it must hold floating-point numbers")
+    if min(shape, default=0) < 0 or prod(shape) * dtype.itemsize > size:
+        raise UserError(f"{what} claims to be {shape} of {dtype}; its file has {size} bytes")

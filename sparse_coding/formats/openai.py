@@ -29,6 +29,8 @@ NAMES = {
     "pre_bias": "b_dec",
 }
 STATISTICS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")
+ACTIVATION, SETTINGS = "activation", "activation_state_dict"
+REPEATED = ("activation.k", "activation.postact_fn")  # their module writes the settings twice
 EPS = 1e-5
 
 
@@ -79,20 +81,20 @@ def load_openai(path: str | Path, device: torch.device | str = "cpu") -> Diction
     """
     path = Path(path)
     state = read_checkpoint(path)
-    if not isinstance(state, dict):
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise UserError(f"{path} is not a state dict")
-    activation = state.pop("activation", "ReLU")
-    settings = state.pop("activation_state_dict", None) or {}
-    tensors = {name: value for name, value in state.items() if name not in STATISTICS}
-    if not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise UserError(f"{path} holds something else than tensors")
+    passed_over = {*STATISTICS, *REPEATED, ACTIVATION, SETTINGS}
+    tensors = {name: value for name, value in state.items() if name not in passed_over}
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise UserError(f"{path}: {name!r} is {_plain(value)!r}; it must be a tensor")
     encoder = tensors.get("encoder.weight", torch.empty(0))
     d_sae, d_in = encoder.shape if encoder.ndim == 2 else (0, 0)
     shapes = {"encoder.weight": (d_sae, d_in), "decoder.weight": (d_in, d_sae)}
     check_tensors(
         path, tensors, shapes | {"latent_bias": (d_sae,), "pre_bias": (d_in,)}, "one of OpenAI's"
     )
-    cls, options = _class(path, activation, settings, d_sae)
+    cls, options = _class(path, state, d_sae)
     # A generator of its own: loading must not advance the global random stream.
     sae = cls(d_in, d_sae, torch.Generator(), **options).to(encoder.dtype)
     sae.load_state_dict({ours: _turned(theirs, tensors[theirs]) for theirs, ours in NAMES.items()})
@@ -119,13 +121,20 @@ def _turned(name: str, tensor: Tensor) -> Tensor:
 
 
 def _class(
-    path: Path, activation: Any, settings: dict[str, Any], d_sae: int
+    path: Path, state: dict[str, Any], d_sae: int
 ) -> tuple[type[L1SAE] | type[TopKSAE], dict[str, int]]:
+    activation, settings = _plain(state.get(ACTIVATION, "ReLU")), state.get(SETTINGS)
     if activation == "ReLU":
         return L1SAE, {}
-    k, after = settings.get("k"), settings.get("postact_fn", "ReLU")
-    if activation != "TopK" or after != "ReLU":
+    settings = settings if isinstance(settings, dict) else {}
+    k, after = _plain(settings.get("k")), _plain(settings.get("postact_fn", "ReLU"))
+    if (activation, after) != ("TopK", "ReLU"):
         raise UserError(f"{path}: activation is {activation!r} ({after!r}); supported: ReLU, TopK")
     if type(k) is not int or not 0 < k <= d_sae:
         raise UserError(f"{path}: k is {k!r}; it must be an integer between 1 and d_sae {d_sae}")
     return TopKSAE, {"k": k}
+
+
+def _plain(value: Any) -> str | int | None:
+    """A text or a number as it is; of anything else its type, which fits one line."""
+    return value if value is None or isinstance(value, str | int) else type(value).__name__

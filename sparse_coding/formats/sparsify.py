@@ -6,6 +6,9 @@ Written so that its `SparseCoder.load_from_disk` reads it as it is. It knows one
 
 which is `TopKSAE`; an nn.Linear's weight is the transpose of our W_enc, W_dec is as ours. Its
 groupmax (the largest of each of k groups), transcoders and skip connections have no class here.
+Old configurations say neither `activation` nor `transcode`: they mean topk and an SAE. (A few old
+transcoders without a skip connection say it in their run's config.json only; sparsify itself
+takes them for SAEs.)
 """
 
 from functools import partial
@@ -25,8 +28,9 @@ from sparse_coding.storage import read_json, write_json
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 recognises = partial(holds_files, names=(CONFIG, WEIGHTS))
 NAMES = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
-# What the configuration may say, beside the sizes; absent in older files.
+# What the configuration may say, beside the sizes; absent in older or newer files.
 ALLOWED = {"activation": "topk", "transcode": False, "skip_connection": False, "signed": False}
+MAX_SIZE = 2**31 - 1
 
 
 def load_sparsify(folder: str | Path, device: torch.device | str = "cpu") -> SAE:
@@ -58,15 +62,13 @@ def save_sparsify(
     if isinstance(sae, BatchTopKSAE):
         raise UserError(f"sparsify has no {type(sae).__name__}; it can hold: TopKSAE")
     refuse_what_cannot_be_said(sae, (TopKSAE,), "sparsify")
-    config = metadata | {
-        "activation": "topk",
+    config = metadata | ALLOWED
+    config |= {
         "expansion_factor": -(-sae.d_sae // sae.d_in),
         "normalize_decoder": sae.has_unit_norm_rows,
         "num_latents": sae.d_sae,
         "k": sae.k,
         "multi_topk": False,
-        "skip_connection": False,
-        "transcode": False,
         "d_in": sae.d_in,
     }
     with whole_folder(folder, WEIGHTS, overwrite=overwrite) as temporary:
@@ -90,16 +92,19 @@ def _read_config(path: Path) -> tuple[int, int, int]:
     for key, allowed in ALLOWED.items():
         if config.get(key, allowed) != allowed:
             raise UserError(f"{path}: {key} is {config[key]!r}; supported is {allowed!r}")
-    # As in sparsify: 0 latents stand for a multiple of d_in; its defaults are 32 and 32.
-    sizes = {"d_in": config.get("d_in"), "k": config.get("k", 32)}
-    sizes["num_latents"] = config.get("num_latents", 0)
-    if sizes["num_latents"] == 0:
-        factor = config.get("expansion_factor", 32)
-        is_product = type(factor) is int and type(sizes["d_in"]) is int
-        sizes["num_latents"] = sizes["d_in"] * factor if is_product else factor
-    for key, size in sizes.items():
-        if type(size) is not int or size < 1:
-            raise UserError(f"{path}: {key} is {size!r}; it must be a positive integer")
-    if sizes["k"] > sizes["num_latents"]:
-        raise UserError(f"{path}: k is {sizes['k']}; it must be at most {sizes['num_latents']}")
-    return sizes["d_in"], sizes["num_latents"], sizes["k"]
+    # Its defaults; 0 latents stand for a multiple of d_in.
+    d_in, k = _size(path, config, "d_in"), _size(path, config, "k", 32)
+    if config.get("num_latents"):
+        d_sae = _size(path, config, "num_latents")
+    else:
+        d_sae = d_in * _size(path, config, "expansion_factor", 32)
+    if k > d_sae:
+        raise UserError(f"{path}: k is {k}; it must be at most the {d_sae} latents")
+    return d_in, d_sae, k
+
+
+def _size(path: Path, config: dict[str, Any], key: str, default: int | None = None) -> int:
+    size = config.get(key, default)
+    if type(size) is not int or not 0 < size <= MAX_SIZE:
+        raise UserError(f"{path}: {key} is {size!r}; it must be an integer from 1 to {MAX_SIZE}")
+    return size

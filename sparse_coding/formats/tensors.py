@@ -3,12 +3,15 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sparse_coding.errors import UserError
 from sparse_coding.storage import atomic_path
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # not float8: no arithmetic
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -33,12 +36,12 @@ def check_tensors(
 ) -> None:
     """`UserError` unless there are exactly the expected names, shapes and finite numbers."""
     if set(tensors) != set(expected):
+        names = (name if name.isprintable() else repr(name) for name in sorted(tensors))
         raise UserError(
-            f"{path} holds {', '.join(sorted(tensors)) or 'nothing'}; "
-            f"{what} holds {', '.join(expected)}"
+            f"{path} holds {', '.join(names) or 'nothing'}; {what} holds {', '.join(expected)}"
         )
     for name, shape in expected.items():
         if tuple(tensors[name].shape) != shape:
             raise UserError(f"{path}: {name} is {tuple(tensors[name].shape)}; it must be {shape}")
-        if not tensors[name].is_floating_point() or not tensors[name].isfinite().all():
+        if tensors[name].dtype not in DTYPES or not tensors[name].isfinite().all():
             raise UserError(f"{path}: {name} must hold finite floating-point numbers only")

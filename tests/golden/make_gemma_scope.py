@@ -3,11 +3,12 @@
     python tests/golden/make_gemma_scope.py
 
 The authors publish no library. The parameter files hold random numbers under the release's names
-(d_in 5, d_sae 7); SAELens 6.54.12 loads them with its loader for Gemma Scope, downloads
+(d_in 5, d_sae 7); SAELens 6.54.12 loads them with its loaders for Gemma Scope, downloads
 replaced by these files, and `recorded.safetensors` holds inputs x and what its encode and decode
 returned.
 """
 
+import json
 from pathlib import Path
 from unittest import mock
 
@@ -38,6 +39,39 @@ def record(folder: Path, weights: dict[str, torch.Tensor]) -> None:
     save_file(recorded, folder / "recorded.safetensors")
 
 
+def write_safetensors(name: str, random: np.random.Generator) -> None:
+    """Gemma Scope 2, with the keys and the kinds of values that its config.json has."""
+    folder = HERE / name
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {"W_enc": "w_enc", "W_dec": "w_dec"}
+    arrays = {
+        names.get(key, key): random.standard_normal(SHAPES[key], np.float32) for key in SHAPES
+    }
+    arrays["threshold"] = np.abs(arrays["threshold"])
+    tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
+    save_file(tensors, folder / "params.safetensors")
+    hook = "model.layers.12.output"
+    config = {
+        "hf_hook_point_in": hook, "hf_hook_point_out": hook, "width": 7,
+        "model_name": "google/gemma-3-270m-pt", "architecture": "jump_relu", "l0": 3,
+        "affine_connection": False, "type": "sae",
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config) + "\n")
+
+    def download(*args: str, **kwargs: str) -> str:  # repository and file come first
+        return str(folder / Path((*args, *kwargs.values())[1]).name)
+
+    shapes = {key: list(tensor.shape) for key, tensor in tensors.items()}
+    with (
+        mock.patch.object(loaders, "hf_hub_download", download),
+        mock.patch.object(loaders, "get_safetensors_tensor_shapes", lambda *_: shapes),
+    ):
+        _, weights, _ = loaders.gemma_3_sae_huggingface_loader(
+            "google/gemma-scope-2-270m-pt", "resid_post/layer_12_width_16k_l0_small"
+        )
+    record(folder, weights)
+
+
 def write_npz(name: str, random: np.random.Generator) -> None:
     folder = HERE / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,3 +91,4 @@ if __name__ == "__main__":
     numbers = np.random.default_rng(0)
     write_npz("layer_12", numbers)
     write_npz("embedding", numbers)
+    write_safetensors("gemma_scope_2", numbers)
