@@ -101,3 +101,13 @@ def test_the_table_of_other_sizes_is_the_benchmarks(name):
         cells = [row["architecture"], *map(str, size[:2]), f"1:{size[2]}"]
         cells += [f"{row['ms_per_step']:.0f}", *(f"{factor:.1f}" for factor in factors)]
         assert f"| {' | '.join(cells)} | {row['encode_limit_fraction']:.0%} |" in README
+
+
+def test_the_table_of_quality_is_the_benchmarks():
+    path = ROOT / "benchmarks" / "results" / "quality.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    for row in [row for row in rows if row["what"] == "gap"]:
+        interval = f"{row['gap']:+.3f} [{row['gap_low']:+.3f}, {row['gap_high']:+.3f}]"
+        cells = [row["architecture"], row["vs"], f"{row['l0_theirs']:.1f}"]
+        cells += [f"{row['l0_gap']:+.1f}", f"{row['fvu_theirs']:.3f}", interval]
+        assert f"| {' | '.join(cells)} | {row['nats_lost_gap']:+.2f} |" in README
