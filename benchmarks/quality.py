@@ -173,8 +173,8 @@ def _is_searched(library: str, job: Job) -> bool:
 
 
 def _score(one: Trained, target_l0: float) -> float:
-    """The error, with what an L0 away from the target is worth; most ladders here fall by 0.1 in
-    FVU when the L0 doubles."""
+    """The error, with what an L0 away from the target is taken to be worth: 0.1 in FVU per
+    doubling (an assumption), twice that below it."""
     if not math.isfinite(one.fvu) or one.l0 == 0:
         return float("inf")
     return one.fvu + 0.1 * abs(math.log2(one.l0 / target_l0)) * (1 if one.l0 > target_l0 else 2)

@@ -81,6 +81,8 @@ class SAE(Dictionary):
     def initialise_centre(self, mean: Float[Tensor, " d_in"]) -> None:
         """Start from the data's mean (scaled units), so that x - mean is what gets encoded."""
         self.b_dec.copy_(mean)
+        if not self.subtracts_b_dec:
+            self.b_enc.copy_(-mean @ self.W_enc)
 
     @torch.no_grad()
     def initialise_sparsity(

@@ -49,11 +49,6 @@ class JumpReLUSAE(UntiedSAE):
         l0 = is_active.sum(dim=1).mean()
         return Loss(mse + l1_coeff * l0, mse, l0, f)
 
-    @torch.no_grad()
-    def initialise_centre(self, mean: Float[Tensor, " d_in"]) -> None:
-        super().initialise_centre(mean)
-        self.b_enc.copy_(-mean @ self.W_enc)
-
     def _silence(self, features: Int[Tensor, " chosen"], pre: Float[Tensor, " chosen"]) -> None:
         self.threshold[features] = torch.maximum(pre, self.threshold[features])
 

@@ -104,8 +104,3 @@ class NormWeightedL1SAE(UntiedSAE):
 
     def sparsity(self, f: Float[Tensor, "batch d_sae"]) -> Float[Tensor, " batch"]:
         return f @ self.W_dec.norm(dim=1)
-
-    @torch.no_grad()
-    def initialise_centre(self, mean: Float[Tensor, " d_in"]) -> None:
-        super().initialise_centre(mean)
-        self.b_enc.copy_(-mean @ self.W_enc)

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from sparse_coding.saes.base import Loss
 from sparse_coding.saes.topk import BatchTopKSAE
 
 
@@ -42,18 +41,11 @@ class MatryoshkaSAE(BatchTopKSAE):
     def settings(self) -> dict[str, Any]:
         return super().settings | {"prefixes": self.prefixes}
 
-    def loss(
-        self,
-        x: Float[Tensor, "batch d_in"],
-        l1_coeff: Float[Tensor, ""] | float = 0.0,
-        dead: Int[Tensor, " n_dead"] | None = None,
-    ) -> Loss:
-        """As in `TopKSAE`; `mse` is that of all features together."""
-        pre = self.pre_activations(x)
-        f = self.select(pre)
-        error, errors = x - self.b_dec, []
+    def errors(
+        self, x: Float[Tensor, "batch d_in"], f: Float[Tensor, "batch d_sae"]
+    ) -> list[Float[Tensor, "batch d_in"]]:
+        """Of each prefix."""
+        errors = [x - self.b_dec]
         for first, last in zip((0, *self.prefixes), self.prefixes, strict=False):
-            error = error - f[:, first:last] @ self.W_dec[first:last]
-            errors.append(error.square().sum(dim=1).mean())
-        aux = self.auxiliary(pre, error, dead)
-        return Loss(torch.stack(errors).mean() + self.aux_coeff * aux, errors[-1], aux, f)
+            errors.append(errors[-1] - f[:, first:last] @ self.W_dec[first:last])
+        return errors[1:]

@@ -48,9 +48,16 @@ class TopKSAE(UntiedSAE):
         """As in `SAE`, but for the penalty, which is AuxK's error; `l1_coeff` is not used."""
         pre = self.pre_activations(x)
         f = self.select(pre)
-        error = x - self.decode(f)
-        mse, aux = error.square().sum(dim=1).mean(), self.auxiliary(pre, error, dead)
-        return Loss(mse + self.aux_coeff * aux, mse, aux, f)
+        errors = self.errors(x, f)
+        squares = [error.square().sum(dim=1).mean() for error in errors]
+        aux = self.auxiliary(pre, errors[-1], dead)
+        return Loss(torch.stack(squares).mean() + self.aux_coeff * aux, squares[-1], aux, f)
+
+    def errors(
+        self, x: Float[Tensor, "batch d_in"], f: Float[Tensor, "batch d_sae"]
+    ) -> list[Float[Tensor, "batch d_in"]]:
+        """What reconstructions leave of x: those that are trained, that of all features last."""
+        return [x - self.decode(f)]
 
     def auxiliary(
         self,
