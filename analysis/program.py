@@ -1,0 +1,121 @@
+"""What the programs of this folder share: settings of a measurement, results, tables.
+
+Imported before the command line is read, so nothing heavy is imported here.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tyro
+
+from sparse_coding.config import as_json, environment
+from sparse_coding.errors import UserError, report_user_errors_in_one_line
+from sparse_coding.storage import write_json
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class MeasureConfig:
+    """Which activations are measured, and where the results go. Empty: as the dictionary was made.
+
+    A run of this project and a SAELens folder say themselves what they were trained on; for other
+    dictionaries `lm` and `hook_name` must be given.
+    """
+
+    lm: str = ""
+    """Language model, as in easy_training_base.py."""
+    hook_name: str = ""
+    """Where its activations are read, e.g. blocks.12.hook_resid_post."""
+    text: str = ""
+    """builtin, a local file or folder, or a hub data set; empty: the dictionary's own, else
+    builtin."""
+    text_field: str = ""
+    """The field of a jsonl, parquet or hub record that holds the text; empty: the run's, else
+    text."""
+    context_length: int = 0
+    """Tokens the language model sees at once; 0: the dictionary's, else 128."""
+    bos: Literal["", "auto", "always", "never"] = ""
+    """Whether a context begins with the BOS token; empty: the dictionary's, else auto."""
+    heldout_fraction: float = 0.0
+    """Share of the documents held out; 0: the run's, else 0.05."""
+    device: str = "auto"
+    """auto (CUDA, then MPS, then CPU) or a torch device."""
+    dtype: Literal["", "auto", "bfloat16", "float16", "float32"] = ""
+    """Number format of the language model; empty: the run's, else auto."""
+    output: Path | None = None
+    """Results file; by default results/PROGRAM.json in the one run that was given, else in
+    outputs/results."""
+    overwrite: bool = False
+    """Replace the results file if it exists."""
+
+
+Config = TypeVar("Config")
+
+
+def run_program(config: type[Config], main: Callable[[Config], None]) -> None:
+    """Read the command line into `config` and call `main` with it; user errors are one line."""
+    report_user_errors_in_one_line()
+    description = (sys.modules["__main__"].__doc__ or "").strip()
+    main(tyro.cli(config, description=description))
+
+
+def refuse_below_one(cfg: Any, *fields: str) -> None:
+    """`UserError` if one of these settings is under 1."""
+    for field in fields:
+        if getattr(cfg, field) < 1:
+            flag = field.replace("_", "-")
+            raise UserError(
+                f"--{flag} {getattr(cfg, field)} is not possible; it must be 1 or more"
+            )
+
+
+def results_path(cfg: MeasureConfig, program: str, runs: Iterable[Path | None]) -> Path:
+    """Where the results will be written; an existing file is refused without --overwrite.
+
+    `runs` are the run folders that the dictionaries belong to (None: no run).
+    """
+    folders = set(runs)
+    run = folders.pop() if len(folders) == 1 else None
+    path = cfg.output or (run or Path("outputs")) / "results" / f"{program}.json"
+    if path.exists() and not cfg.overwrite:
+        raise UserError(f"{path} exists; give --output for another file or --overwrite")
+    return path
+
+
+def write_results(path: Path, cfg: Any, rows: Sequence[Row], device: str, **more: Any) -> None:
+    """Write {"config", "environment", "rows"}; `more` joins the config. Prints the path."""
+    config = as_json(cfg) if dataclasses.is_dataclass(cfg) else dict(cfg)
+    content = {"config": config | more, "environment": environment(device), "rows": list(rows)}
+    write_json(path, content)
+    print(f"written: {path}")
+
+
+def print_table(title: str, rows: Sequence[Row], columns: dict[str, str], note: str = "") -> None:
+    """Rows as a table: `columns` maps a key to its format; `x_low`, `x_high` become brackets."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, caption=note or None, title_justify="left", caption_justify="left")
+    for i, key in enumerate(columns):
+        table.add_column(key, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(cell(row, key, form) for key, form in columns.items()))
+    # A pipe has no width: the table is as wide as it needs to be.
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def cell(row: Row, key: str, form: str) -> str:
+    """One value with its interval, e.g. `0.21 [0.19, 0.23]`; `-` where there is none."""
+    value = row.get(key)
+    if value is None:
+        return "-"
+    text = form.format(value)
+    if row.get(f"{key}_low") is None:
+        return text
+    low, high = (form.format(row[f"{key}_{end}"]) for end in ("low", "high"))
+    return f"{text} [{low}, {high}]"

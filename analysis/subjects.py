@@ -1,0 +1,218 @@
+"""Dictionaries, ours and others', with the activations they are for, and those activations.
+
+`load_subjects` reads dictionaries and finds out what they were trained on; `Material` is the
+language model and the text of one or several of them. No measurement happens here.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from analysis.program import MeasureConfig
+from pretrained.catalogue import releases
+from pretrained.fetch import fetched
+from sparse_coding.dictionary import Dictionary
+from sparse_coding.errors import UserError
+from sparse_coding.evaluation import Evaluation, take_tokens
+from sparse_coding.formats import load_dictionary
+from sparse_coding.harvest import Rows
+from sparse_coding.metrics import ActivationSums
+from sparse_coding.models import LanguageModel, check_hook, choose_device, load_lm
+from sparse_coding.storage import read_json
+from sparse_coding.text import TokenBatch, contexts, load_text
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What activations a dictionary is for: model, place, and how text becomes contexts."""
+
+    lm: str
+    hook_name: str
+    text: str = "builtin"
+    text_field: str = "text"
+    heldout_fraction: float = 0.05
+    context_length: int = 128
+    bos: str = "auto"
+    pack: str = "concat"
+    dtype: str = "auto"
+
+
+class Subject(NamedTuple):
+    """One dictionary to measure."""
+
+    name: str
+    """Unique among the loaded: its folder's name, after the run's where two are alike."""
+    dictionary: Dictionary
+    origin: Origin
+    facts: dict[str, Any]
+    """What its file says of it: architecture, ratio, seed ... as far as known."""
+    run: Path | None
+    """Its run folder, if it belongs to one."""
+
+
+FACTS = ("architecture", "ratio", "d_in", "d_sae", "l1_coeff", "target_l0", "seed",
+         "n_tokens_trained")  # fmt: skip
+
+
+def load_subjects(sources: Sequence[str], cfg: MeasureConfig) -> list[Subject]:
+    """The dictionaries that `sources` name, in order.
+
+    A source is a run folder (all its SAEs), a run's saes/NAME, a file or folder of any format in
+    `sparse_coding.formats`, or a release as RELEASE/DICTIONARY. Settings in `cfg` that are not
+    empty go before what the files say.
+    """
+    if not sources:
+        raise UserError("name at least one run folder, dictionary or release")
+    subjects = [
+        _load(source, path, cfg) for source in sources for path in _dictionary_paths(source)
+    ]
+    names = [subject.name for subject in subjects]
+    return [
+        subject._replace(name=_longer_name(subject)) if names.count(subject.name) > 1 else subject
+        for subject in subjects
+    ]
+
+
+def _dictionary_paths(source: str) -> list[Path]:
+    folder = Path(source)
+    if not (folder / "saes").is_dir():
+        return [fetched(source)]
+    found = sorted(path.parent for path in (folder / "saes").rglob("cfg.json"))
+    if not found:
+        raise UserError(f"{folder / 'saes'} holds no SAE; has the run ended?")
+    return found
+
+
+def _load(source: str, path: Path, cfg: MeasureConfig) -> Subject:
+    dictionary = load_dictionary(path, choose_device(cfg.device)).float().requires_grad_(False)
+    run = _run_folder(path)
+    said: dict[str, Any] = {}
+    for what in (_said_by_release(source), _said_by_file(path), _said_by_run(run)):
+        said |= {key: value for key, value in what.items() if value is not None}
+    keys = Origin.__dataclass_fields__
+    given = {key: getattr(cfg, key) for key in keys if getattr(cfg, key, None)}
+    settings = {key: said[key] for key in keys if key in said} | given
+    for key in ("lm", "hook_name"):
+        if key not in settings:
+            flag = key.replace("_", "-")
+            raise UserError(f"{path} does not say its {flag}; give --{flag}")
+    facts = {"architecture": getattr(dictionary, "name", "unknown")}
+    facts |= {key: said[key] for key in FACTS if key in said}
+    facts |= {"d_in": dictionary.d_in, "d_sae": dictionary.d_sae}
+    name = path.name if run is None else str(path.resolve().relative_to(run / "saes"))
+    return Subject(name, dictionary, Origin(**settings), facts, run)
+
+
+def _longer_name(subject: Subject) -> str:
+    before = subject.origin.hook_name if subject.run is None else subject.run.name
+    return f"{before}/{subject.name}"
+
+
+def _run_folder(path: Path) -> Path | None:
+    for folder in path.resolve().parents:
+        if folder.name == "saes" and (folder.parent / "config.json").is_file():
+            return folder.parent
+    return None
+
+
+def _said_by_file(path: Path) -> dict[str, Any]:
+    """SAELens's folders, ours among them, carry metadata; other formats say less or nothing."""
+    if not (path / "cfg.json").is_file():
+        return {}
+    config = read_json(path / "cfg.json")
+    if not isinstance(config, dict):
+        return {}
+    metadata = config.get("metadata") or {}
+    said = config | metadata
+    bos = {True: "always", False: "never"}.get(said.get("prepend_bos"))
+    return said | {
+        "lm": said.get("model_name"),
+        "text": said.get("dataset_path"),
+        "context_length": said.get("context_size"),
+        "bos": bos,
+        "dtype": None,  # of the dictionary, not of the language model
+    }
+
+
+def _said_by_run(run: Path | None) -> dict[str, Any]:
+    """What only the run knows; model, hook and text are in each SAE's own file."""
+    if run is None:
+        return {}
+    config = read_json(run / "config.json")["config"]
+    return {key: config[key] for key in ("text_field", "heldout_fraction", "pack", "dtype")}
+
+
+def _said_by_release(source: str) -> dict[str, Any]:
+    name, _, rest = source.partition("/")
+    release = releases().get(name)
+    if release is None:
+        return {}
+    hooks = [d.hook_name for d in release.dictionaries if not rest or rest in (d.name, d.path)]
+    hook_name = hooks[0] if len(hooks) == 1 else None
+    return {"lm": release.model, "hook_name": hook_name, "architecture": release.architecture}
+
+
+class Material:
+    """The language model and the text behind an `Origin`: contexts, norm limits, held-out rows."""
+
+    def __init__(self, origin: Origin, device: str = "auto", lm: LanguageModel | None = None):
+        self.origin = origin
+        self.lm = lm or load_lm(origin.lm, device=device, dtype=origin.dtype)
+        check_hook(self.lm, origin.hook_name)
+        self.text = load_text(
+            origin.text, text_field=origin.text_field, heldout_fraction=origin.heldout_fraction
+        )
+
+    def token_batches(self, split: str) -> Iterator[TokenBatch]:
+        """Contexts of one split, "train" or "heldout"."""
+        origin = self.origin
+        return contexts(
+            self.text.documents(split),
+            self.lm.tokenizer,
+            context_length=origin.context_length,
+            bos=origin.bos,
+            pack=origin.pack,
+        )
+
+    @cached_property
+    def training_rows(self) -> Rows:
+        """Rows of training documents under the harvest's own norm limit."""
+        return Rows(self.lm, partial(self.token_batches, "train"), [self.origin.hook_name])
+
+    @property
+    def max_norm(self) -> float:
+        """The harvest's norm limit, measured on training documents."""
+        return self.training_rows.max_norms[self.origin.hook_name]
+
+    def heldout(self, n_tokens: int) -> list[TokenBatch]:
+        """Held-out contexts with at least `n_tokens` valid positions, or all there are."""
+        return take_tokens(self.token_batches("heldout"), n_tokens)
+
+    def evaluation(self, n_tokens: int) -> Evaluation:
+        """Held-out batches, ready to measure dictionaries on."""
+        return Evaluation(self.lm, self.origin.hook_name, self.heldout(n_tokens), self.max_norm)
+
+    def training_mean(self, n_tokens: int = 16_384) -> Float[Tensor, " d_in"]:
+        """Mean of the first `n_tokens` or more training rows: what mean-ablation writes."""
+        sums: ActivationSums | None = None
+        for rows in self.training_rows:
+            x = rows.acts[self.origin.hook_name].float()
+            sums = sums or ActivationSums(x.shape[1], 1)
+            sums.add(x, torch.zeros(len(x), dtype=torch.int64))
+            if sums.n.sum() >= n_tokens:
+                break
+        return (sums.x[0] / sums.n[0]).float()
+
+
+def by_origin(subjects: Iterable[Subject]) -> dict[Origin, list[Subject]]:
+    """Subjects that are measured on the same activations, together."""
+    groups: dict[Origin, list[Subject]] = {}
+    for subject in subjects:
+        groups.setdefault(subject.origin, []).append(subject)
+    return groups
