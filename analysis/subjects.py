@@ -10,7 +10,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -21,8 +20,7 @@ from sparse_coding.dictionary import Dictionary
 from sparse_coding.errors import UserError
 from sparse_coding.evaluation import Evaluation, take_tokens
 from sparse_coding.formats import load_dictionary
-from sparse_coding.harvest import Rows
-from sparse_coding.metrics import ActivationSums
+from sparse_coding.harvest import Rows, hook_width
 from sparse_coding.models import LanguageModel, check_hook, choose_device, load_lm
 from sparse_coding.storage import read_json
 from sparse_coding.text import TokenBatch, contexts, load_text
@@ -169,6 +167,17 @@ class Material:
             origin.text, text_field=origin.text_field, heldout_fraction=origin.heldout_fraction
         )
 
+    def check(self, subjects: Iterable[Subject]) -> None:
+        """`UserError` unless the dictionaries have the width of the hook's activations."""
+        width = hook_width(self.lm, self.origin.hook_name)
+        for subject in subjects:
+            if subject.dictionary.d_in != width:
+                raise UserError(
+                    f"{subject.name} has d_in {subject.dictionary.d_in}, but "
+                    f"{self.origin.hook_name} of {self.lm.name} is {width} wide; give the --lm "
+                    "and --hook-name that it was trained on"
+                )
+
     def token_batches(self, split: str) -> Iterator[TokenBatch]:
         """Contexts of one split, "train" or "heldout"."""
         origin = self.origin
@@ -194,20 +203,30 @@ class Material:
         """Held-out contexts with at least `n_tokens` valid positions, or all there are."""
         return take_tokens(self.token_batches("heldout"), n_tokens)
 
-    def evaluation(self, n_tokens: int) -> Evaluation:
+    def evaluation(
+        self, n_tokens: int, variance: Float[Tensor, " d_in"] | None = None
+    ) -> Evaluation:
         """Held-out batches, ready to measure dictionaries on."""
-        return Evaluation(self.lm, self.origin.hook_name, self.heldout(n_tokens), self.max_norm)
+        batches = self.heldout(n_tokens)
+        return Evaluation(self.lm, self.origin.hook_name, batches, self.max_norm, variance)
 
-    def training_mean(self, n_tokens: int = 16_384) -> Float[Tensor, " d_in"]:
-        """Mean of the first `n_tokens` or more training rows: what mean-ablation writes."""
-        sums: ActivationSums | None = None
+    def training_moments(self, n_tokens: int = 16_384) -> "Moments":
+        """Mean and variance per dimension of the first `n_tokens` or more training rows."""
+        n, total, square = 0, 0.0, 0.0
         for rows in self.training_rows:
-            x = rows.acts[self.origin.hook_name].float()
-            sums = sums or ActivationSums(x.shape[1], 1)
-            sums.add(x, torch.zeros(len(x), dtype=torch.int64))
-            if sums.n.sum() >= n_tokens:
+            x = rows.acts[self.origin.hook_name].cpu().double()
+            n, total, square = n + len(x), total + x.sum(0), square + x.square().sum(0)
+            if n >= n_tokens:
                 break
-        return (sums.x[0] / sums.n[0]).float()
+        mean = total / n
+        return Moments(mean.float(), (square / n - mean.square()).float())
+
+
+class Moments(NamedTuple):
+    """Of training rows, per dimension."""
+
+    mean: Float[Tensor, " d_in"]
+    variance: Float[Tensor, " d_in"]
 
 
 def by_origin(subjects: Iterable[Subject]) -> dict[Origin, list[Subject]]:

@@ -12,18 +12,15 @@ from sparse_coding.metrics import ActivationSums, ReconstructionSums
 def measure_fit(sae: Dictionary, x: Float[Tensor, "n d_in"], l1_coeff: float) -> dict[str, float]:
     """l0, fvu, the loss (squared error and L1 weighted by row norms) and silent features on x."""
     inputs, sums = ActivationSums(sae.d_in, 1), ReconstructionSums(sae, 1)
-    norms = sae.W_dec.norm(dim=1)
-    penalty = 0.0
     for part in x.split(512):
         document = torch.zeros(len(part), dtype=torch.int64)
         inputs.add(part, document)
         sums.add(part, document)
-        penalty += (sae.encode(part) @ norms).sum().item()
     squared_error = sums.squared_error.sum().item()
     return {
-        "l0": sums.n_active.sum().item() / len(x),
+        "l0": sums.rows["n_active"].sum().item() / len(x),
         "fvu": squared_error / inputs.total_variance(torch.ones(1, 1, dtype=torch.float64)).item(),
-        "loss": (squared_error + l1_coeff * penalty) / len(x),
+        "loss": (squared_error + l1_coeff * sums.rows["l1"].sum().item()) / len(x),
         "dead_fraction": (sums.n_firings == 0).float().mean().item(),
         "n_tokens_eval": len(x),
     }

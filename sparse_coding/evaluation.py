@@ -21,16 +21,18 @@ from sparse_coding.metrics import (
     Interval,
     ReconstructionSums,
     bootstrap_weights,
+    dead_upper_bound,
     fvu,
     interval,
     mean_per_row,
 )
 from sparse_coding.models import LanguageModel
-from sparse_coding.splice import cross_entropies
+from sparse_coding.splice import Replacement, cross_entropies
 from sparse_coding.text import TokenBatch
 
 N_DRAWS = 1000
 ROWS_AT_ONCE = 1024  # bounds the (rows, d_sae) tensors
+DENSE = 0.1  # a feature that fires on more than this share of rows is called dense
 
 
 def take_tokens(batches: Iterable[TokenBatch], n_tokens: int) -> list[TokenBatch]:
@@ -46,67 +48,140 @@ def take_tokens(batches: Iterable[TokenBatch], n_tokens: int) -> list[TokenBatch
     return taken
 
 
+class Reconstructions(NamedTuple):
+    """Sums over one hook's held-out rows."""
+
+    inputs: ActivationSums
+    kept: dict[str, ReconstructionSums]
+    """By dictionary, over the rows that count."""
+    excluded_inputs: ActivationSums
+    excluded: dict[str, ReconstructionSums]
+    """Over the other rows (first positions, special tokens, sinks), all as one document."""
+
+
+class Losses(NamedTuple):
+    """Sums over a document's counted targets, one entry a document."""
+
+    n: Float[Tensor, " documents"]
+    cross_entropy: dict[str, Float[Tensor, " documents"]]
+    kl: dict[str, Float[Tensor, " documents"]]
+
+
 class Evaluation:
-    """One hook's held-out batches; measures any number of SAEs in one pass over them.
+    """One hook's held-out batches; measures any number of dictionaries in one pass over them.
 
     The same rows count everywhere: `valid` positions (no first position, no special token) whose
-    norm is at most `max_norm`, the harvest's own rule.
+    norm is at most `max_norm`, the harvest's own rule. `variance` (d_in), per dimension and from
+    training rows, adds two kinds of FVU: without the two dimensions of the largest variance, and
+    with every dimension divided by its variance.
     """
 
     def __init__(
-        self, lm: LanguageModel, hook_name: str, batches: list[TokenBatch], max_norm: float
+        self,
+        lm: LanguageModel,
+        hook_name: str,
+        batches: list[TokenBatch],
+        max_norm: float,
+        variance: Float[Tensor, " d_in"] | None = None,
     ) -> None:
         self.lm, self.hook_name, self.batches, self.max_norm = lm, hook_name, batches, max_norm
         self.n_documents = 1 + max(int(batch.document.max()) for batch in batches)
+        self.dimension_weights = None if variance is None else _dimension_weights(variance)
 
-    def reconstruction(
-        self, saes: dict[str, Dictionary]
-    ) -> tuple[ActivationSums, dict[str, ReconstructionSums]]:
-        """Sums over all batches for fvu, l0 and firing counts."""
-        d_in = next(iter(saes.values())).d_in
-        inputs = ActivationSums(d_in, self.n_documents)
-        sums = {name: ReconstructionSums(sae, self.n_documents) for name, sae in saes.items()}
+    def reconstruction(self, dictionaries: dict[str, Dictionary]) -> Reconstructions:
+        """Sums over all batches for everything but cross-entropies."""
+        weights = self.dimension_weights
+        d_in = next(iter(dictionaries.values())).d_in
+        sums = Reconstructions(
+            ActivationSums(d_in, self.n_documents, weights),
+            {k: ReconstructionSums(d, self.n_documents, weights) for k, d in dictionaries.items()},
+            ActivationSums(d_in, 1),
+            {k: ReconstructionSums(d, 1) for k, d in dictionaries.items()},
+        )
         for batch in tqdm(self.batches, desc="reconstruction", unit="batch"):
-            x, document = self._rows(batch)
-            inputs.add(x, document)
-            for one in sums.values():
-                for part in range(0, len(x), ROWS_AT_ONCE):
-                    rows = slice(part, part + ROWS_AT_ONCE)
-                    one.add(x[rows], document[rows])
-        return inputs, sums
+            acts = activations(self.lm, batch.tokens, [self.hook_name])[self.hook_name]
+            keep = kept_rows(acts, batch.valid.to(acts.device), self.max_norm)
+            document = batch.document.to(acts.device)[keep]
+            _count(acts[keep].float(), document, sums.inputs, sums.kept)
+            others = acts[~keep].float()
+            _count(others, torch.zeros_like(document[:1]).expand(len(others)),
+                   sums.excluded_inputs, sums.excluded)  # fmt: skip
+        return sums
 
-    def _rows(self, batch: TokenBatch) -> tuple[Float[Tensor, "rows d_in"], Int[Tensor, " rows"]]:
-        acts = activations(self.lm, batch.tokens, [self.hook_name])[self.hook_name]
-        keep = kept_rows(acts, batch.valid.to(acts.device), self.max_norm)
-        return acts[keep].float(), batch.document.to(acts.device)[keep]
+    def losses(
+        self,
+        dictionaries: dict[str, Dictionary],
+        mean: Float[Tensor, " d_in"],
+        n_tokens: int,
+        random_error: bool = False,
+    ) -> Losses:
+        """Cross-entropies and divergences, clean, ablated and per dictionary.
 
-    def cross_entropy(
-        self, saes: dict[str, Dictionary], mean: Float[Tensor, " d_in"], n_tokens: int
-    ) -> tuple[Float[Tensor, " documents"], dict[str, Float[Tensor, " documents"]]]:
-        """Per document: targets counted, and summed losses (nats) clean, ablated and per SAE.
-
-        "zero" and "mean" replace the hook's rows by 0 and by the training mean.
+        "zero" and "mean" replace the hook's rows by 0 and by `mean`. With `random_error`,
+        "NAME/random error" is the control: rows plus an error of a random direction whose norm is
+        that of the dictionary's own error on the row.
         """
         mean = mean.to(self.lm.device)
-        replacements = {
+        replacements: dict[str, Replacement | None] = {
             "clean": None,
             "zero": torch.zeros_like,
             "mean": lambda x: mean.to(x.dtype).expand_as(x),
-            **saes,
+            **dictionaries,
         }
-        n = torch.zeros(self.n_documents, dtype=torch.float64)
-        sums = {name: torch.zeros_like(n) for name in replacements}
+        if random_error:
+            controls = {_control(k): RandomError(d) for k, d in dictionaries.items()}
+            replacements |= controls
+        sums = Losses(torch.zeros(self.n_documents, dtype=torch.float64), {}, {})
         batches = take_tokens(self.batches, n_tokens)
         for batch in tqdm(batches, desc="cross-entropy", unit="batch"):
-            losses, counted = cross_entropies(
+            found = cross_entropies(
                 self.lm, batch, self.hook_name, replacements, max_norm=self.max_norm
             )
-            counted = counted.cpu()
+            counted = found.counted.cpu()
             document = batch.document[:, :-1][counted]
-            n.index_add_(0, document, torch.ones_like(document, dtype=torch.float64))
-            for name, loss in losses.items():
-                sums[name].index_add_(0, document, loss.cpu()[counted].double())
-        return n, sums
+            sums.n.index_add_(0, document, torch.ones_like(document, dtype=torch.float64))
+            pairs = ((sums.cross_entropy, found.cross_entropy), (sums.kl, found.kl))
+            for total, new in pairs:
+                for name, values in new.items():
+                    into = total.setdefault(name, torch.zeros_like(sums.n))
+                    into.index_add_(0, document, values.cpu()[counted].double())
+        return sums
+
+
+def _dimension_weights(variance: Float[Tensor, " d_in"]) -> Float[Tensor, "3 d_in"]:
+    """All dimensions alike; without the two of the largest variance; divided by the variance."""
+    ones = torch.ones_like(variance)
+    without = ones.scatter(0, variance.topk(min(2, len(variance))).indices, 0.0)
+    return torch.stack([ones, without, 1 / variance.clamp_min(torch.finfo(variance.dtype).tiny)])
+
+
+def _count(
+    x: Float[Tensor, "rows d_in"],
+    document: Int[Tensor, " rows"],
+    inputs: ActivationSums,
+    sums: dict[str, ReconstructionSums],
+) -> None:
+    inputs.add(x, document)
+    for one in sums.values():
+        for part, of in zip(x.split(ROWS_AT_ONCE), document.split(ROWS_AT_ONCE), strict=True):
+            one.add(part, of)
+
+
+def _control(name: str) -> str:
+    return f"{name}/random error"
+
+
+class RandomError:
+    """x plus noise of a uniformly random direction and of the norm of the dictionary's error."""
+
+    def __init__(self, dictionary: Dictionary) -> None:
+        self.dictionary = dictionary
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, x: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_in"]:
+        norm = (x - self.dictionary(x)).norm(dim=1, keepdim=True)
+        noise = torch.randn(x.shape, generator=self.generator).to(x)
+        return x + noise * (norm / noise.norm(dim=1, keepdim=True))
 
 
 class Measured(NamedTuple):
@@ -120,54 +195,95 @@ class Measured(NamedTuple):
 
 def evaluate(
     evaluation: Evaluation,
-    saes: dict[str, Dictionary],
+    dictionaries: dict[str, Dictionary],
     mean: Float[Tensor, " d_in"],
     n_tokens_ce: int,
+    random_error: bool = False,
 ) -> dict[str, Measured]:
-    """Held-out numbers of SAEs on raw activations, by name.
+    """Held-out numbers of dictionaries of raw activations, by name.
 
-    `mean` (d_in) is what mean-ablation writes; it comes from training tokens.
+    `mean` (d_in) is what mean-ablation writes; it comes from training tokens. `random_error` adds
+    the control of the same name.
     """
-    inputs, sums = evaluation.reconstruction(saes)
-    n_rows = int(inputs.n.sum())
-    n_targets, losses = evaluation.cross_entropy(saes, mean, n_tokens_ce)
-    weights = bootstrap_weights(inputs.n > 0, N_DRAWS, torch.Generator().manual_seed(0))
-    weights_ce = bootstrap_weights(n_targets > 0, N_DRAWS, torch.Generator().manual_seed(0))
-    measured = {}
-    for name, one in sums.items():
-        row = {
-            "n_tokens_eval": n_rows,
-            "n_documents_eval": int((inputs.n > 0).sum()),
-            **_spread("l0", mean_per_row(one.n_active, inputs.n, weights)),
-            **_spread("fvu", fvu(one.squared_error, inputs, weights)),
-            "mse": one.squared_error.sum().item() / n_rows,
-            "dead_fraction": (one.n_firings == 0).float().mean().item(),
-            "n_tokens_dead": n_rows,
-        }
-        row |= _cross_entropy_row(losses, name, n_targets, weights_ce)
-        measured[name] = Measured(row, one.n_firings)
-    return measured
+    sums = evaluation.reconstruction(dictionaries)
+    losses = evaluation.losses(dictionaries, mean, n_tokens_ce, random_error)
+    weights, weights_ce = (
+        bootstrap_weights(n > 0, N_DRAWS, torch.Generator().manual_seed(0))
+        for n in (sums.inputs.n, losses.n)
+    )
+    return {
+        name: Measured(
+            _reconstruction_row(sums, name, weights) | _loss_row(losses, name, weights_ce),
+            sums.kept[name].n_firings,
+        )
+        for name in dictionaries
+    }
 
 
-def _spread(name: str, estimate: Interval) -> dict[str, float]:
-    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
-
-
-def _cross_entropy_row(
-    losses: dict[str, Float[Tensor, " documents"]],
-    name: str,
-    n_targets: Float[Tensor, " documents"],
-    weights: Float[Tensor, "draws documents"],
+def _reconstruction_row(
+    sums: Reconstructions, name: str, weights: Float[Tensor, "draws documents"]
 ) -> dict[str, Any]:
-    draws = {key: (weights @ value) / (weights @ n_targets) for key, value in losses.items()}
-    lost = draws[name] - draws["clean"]
-    values = {key: draws[key][0].item() for key in ("clean", "zero", "mean")}
-    row = {f"ce_{key}": value for key, value in values.items()}
-    row |= {"ce_sae": draws[name][0].item(), "n_tokens_ce": int(n_targets.sum())}
+    inputs, one, other = sums.inputs, sums.kept[name], sums.excluded[name]
+    n_rows, n_excluded = int(inputs.n.sum()), int(sums.excluded_inputs.n.sum())
+    n_documents = int((inputs.n > 0).sum())
+    row = {"n_tokens_eval": n_rows, "n_documents_eval": n_documents}
+    row |= _spread("l0", mean_per_row(one.rows["n_active"], inputs.n, weights))
+    row |= {f"l0_p{q:02d}": _quantile(one.l0_counts, q / 100) for q in (5, 25, 50, 75, 95)}
+    kinds = ("fvu", "fvu_without_outliers", "fvu_standardised")
+    for weighting in range(len(one.squared_error)):
+        row |= _spread(kinds[weighting], fvu(one, inputs, weights, weighting))
+    squared_error = one.squared_error[0].sum().item()
+    row |= {"mse": squared_error / n_rows, "mse_per_dimension": squared_error / n_rows / one.d_in}
+    for key in ("l1", "cosine", "l2_ratio"):
+        row |= _spread(key, mean_per_row(one.rows[key], inputs.n, weights))
+    bias = (weights @ one.rows["x_hat_square"]) / (weights @ one.rows["x_dot_x_hat"])
+    row |= _spread("reconstruction_bias", interval(bias))
+    rate = one.n_firings / n_rows
+    return row | {
+        "dead_fraction": (one.n_firings == 0).float().mean().item(),
+        "n_tokens_dead": n_rows,
+        "dead_rate_below": dead_upper_bound(n_rows),
+        "dense_fraction": (rate > DENSE).float().mean().item(),
+        "n_tokens_excluded": n_excluded,
+        "l0_excluded": other.rows["n_active"].sum().item() / max(n_excluded, 1),
+        "relative_error_excluded": _ratio(other.squared_error[0], sums.excluded_inputs.square[0]),
+    }
+
+
+def _loss_row(
+    losses: Losses, name: str, weights: Float[Tensor, "draws documents"]
+) -> dict[str, Any]:
+    n = weights @ losses.n
+    ce = {key: (weights @ value) / n for key, value in losses.cross_entropy.items()}
+    lost = ce[name] - ce["clean"]
+    row = {f"ce_{key}": ce[key][0].item() for key in ("clean", "zero", "mean")}
+    row |= {"ce_sae": ce[name][0].item(), "n_tokens_ce": int(losses.n.sum())}
     row |= _spread("nats_lost", interval(lost))
-    row |= _spread("ce_recovered", interval(1 - lost / (draws["zero"] - draws["clean"])))
-    row["ce_recovered_mean"] = 1 - lost[0].item() / (values["mean"] - values["clean"])
+    row |= _spread("kl", interval((weights @ losses.kl[name]) / n))
+    row |= _spread("ce_recovered", interval(1 - lost / (ce["zero"] - ce["clean"])))
+    row |= _spread("ce_recovered_mean", interval(1 - lost / (ce["mean"] - ce["clean"])))
+    control = _control(name)
+    if control in ce:
+        row |= _spread("nats_lost_random_error", interval(ce[control] - ce["clean"]))
+        row |= _spread("kl_random_error", interval((weights @ losses.kl[control]) / n))
     return row
+
+
+def _spread(name: str, estimate: Interval) -> dict[str, float | None]:
+    """None for what is undefined, such as a ratio to 0."""
+    named = zip((name, f"{name}_low", f"{name}_high"), estimate, strict=True)
+    return {key: value if math.isfinite(value) else None for key, value in named}
+
+
+def _quantile(counts: Int[Tensor, " values"], q: float) -> int:
+    """Smallest value that at least a share q of the counted are at or below."""
+    below = counts.cumsum(0)
+    return int((below < q * below[-1]).sum())
+
+
+def _ratio(over: Float[Tensor, " n"], under: Float[Tensor, " n"]) -> float | None:
+    total = under.sum().item()
+    return over.sum().item() / total if total else None
 
 
 def density_histogram(

@@ -21,51 +21,95 @@ class Interval(NamedTuple):
     high: float
 
 
-class ReconstructionSums:
-    """Streaming sums for l0, squared error and firing counts of one dictionary.
+ROW_SUMS = ("n_active", "l1", "cosine", "l2_ratio", "x_hat_square", "x_dot_x_hat")
 
-    `document` indices are 0 .. n_documents - 1. The variance's own sums do not depend on the
-    dictionary: see `ActivationSums`.
+
+class ReconstructionSums:
+    """Streaming sums of what one dictionary does to rows of activations.
+
+    `squared_error[w, document]` weighs dimension d of the error by `dimension_weights[w, d]` (a
+    row of ones alone by default); `rows[name][document]` holds the sums of `ROW_SUMS`;
+    `l0_counts[n]` says on how many rows n features were active. A feature is active where its
+    activation is not 0. What does not depend on the dictionary is in `ActivationSums`.
     """
 
-    def __init__(self, dictionary: Dictionary, n_documents: int) -> None:
+    def __init__(
+        self,
+        dictionary: Dictionary,
+        n_documents: int,
+        dimension_weights: Float[Tensor, "weightings d_in"] | None = None,
+    ) -> None:
         self.dictionary = dictionary
-        self.squared_error = torch.zeros(n_documents, dtype=torch.float64)
-        self.n_active = torch.zeros(n_documents, dtype=torch.float64)
-        device = dictionary.W_dec.device
+        device, self.d_in = dictionary.W_dec.device, dictionary.W_dec.shape[1]
+        weights = torch.ones(1, self.d_in) if dimension_weights is None else dimension_weights
+        self.dimension_weights = weights.to(device)
+        self.norms = dictionary.W_dec.detach().norm(dim=1)
+        self.squared_error = torch.zeros(len(weights), n_documents, dtype=torch.float64)
+        self.rows = {name: torch.zeros(n_documents, dtype=torch.float64) for name in ROW_SUMS}
         self.n_firings = torch.zeros(dictionary.d_sae, dtype=torch.int64, device=device)
+        self.l0_counts = torch.zeros(dictionary.d_sae + 1, dtype=torch.int64)
 
     @torch.no_grad()
     def add(self, x: Float[Tensor, "rows d_in"], document: Int[Tensor, " rows"]) -> None:
         """Count rows of raw activations; `document[r]` is the document of row r."""
         f = self.dictionary.encode(x)
-        active = f > 0
-        error = (x - self.dictionary.decode(f)).square().sum(dim=1)
+        x_hat = self.dictionary.decode(f)
+        active = f != 0
+        n_active = active.sum(dim=1)
+        size, x_hat_square = x.norm(dim=1), x_hat.square().sum(dim=1)
+        dot = (x * x_hat).sum(dim=1)
+        smallest = torch.finfo(x.dtype).tiny
+        values = {
+            "n_active": n_active,
+            "l1": f.abs() @ self.norms,
+            "cosine": dot / (size * x_hat_square.sqrt()).clamp_min(smallest),
+            "l2_ratio": x_hat_square.sqrt() / size.clamp_min(smallest),
+            "x_hat_square": x_hat_square,
+            "x_dot_x_hat": dot,
+        }
         document = document.cpu()
-        self.squared_error.index_add_(0, document, error.cpu().double())
-        self.n_active.index_add_(0, document, active.sum(dim=1).cpu().double())
+        for name, sums in self.rows.items():
+            sums.index_add_(0, document, values[name].cpu().double())
+        errors = (x - x_hat).square() @ self.dimension_weights.T
+        self.squared_error.index_add_(1, document, errors.T.cpu().double())
         self.n_firings += active.sum(dim=0)
+        self.l0_counts += n_active.cpu().bincount(minlength=len(self.l0_counts))
 
 
 class ActivationSums:
-    """Per document: rows, sum of x and sum of ||x||^2, from which any variance follows."""
+    """Per document: rows, sum of x and of its weighted squares, from which variances follow.
 
-    def __init__(self, d_in: int, n_documents: int) -> None:
+    `dimension_weights` as in `ReconstructionSums`.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        n_documents: int,
+        dimension_weights: Float[Tensor, "weightings d_in"] | None = None,
+    ) -> None:
+        weights = torch.ones(1, d_in) if dimension_weights is None else dimension_weights
+        self.dimension_weights = weights.cpu().double()
         self.n = torch.zeros(n_documents, dtype=torch.float64)
         self.x = torch.zeros(n_documents, d_in, dtype=torch.float64)
-        self.square = torch.zeros(n_documents, dtype=torch.float64)
+        self.square = torch.zeros(len(weights), n_documents, dtype=torch.float64)
 
     def add(self, x: Float[Tensor, "rows d_in"], document: Int[Tensor, " rows"]) -> None:
         """Count rows of raw activations."""
         x, document = x.cpu().double(), document.cpu()
         self.n.index_add_(0, document, torch.ones_like(document, dtype=torch.float64))
         self.x.index_add_(0, document, x)
-        self.square.index_add_(0, document, x.square().sum(dim=1))
+        self.square.index_add_(1, document, (x.square() @ self.dimension_weights.T).T)
 
-    def total_variance(self, weights: Float[Tensor, "draws documents"]) -> Float[Tensor, " draws"]:
-        """Sum over rows of ||x - mean||^2 with documents counted `weights` times."""
-        mean_square = (weights @ self.x).square().sum(dim=1) / (weights @ self.n)
-        return weights @ self.square - mean_square
+    def total_variance(
+        self, weights: Float[Tensor, "draws documents"], weighting: int = 0
+    ) -> Float[Tensor, " draws"]:
+        """Sum over rows and dimensions of w_d (x_d - mean_d)^2, documents counted `weights` times.
+
+        w is row `weighting` of `dimension_weights`; the mean is that of the counted rows.
+        """
+        square_of_sum = (weights @ self.x).square() @ self.dimension_weights[weighting]
+        return weights @ self.square[weighting] - square_of_sum / (weights @ self.n)
 
 
 def bootstrap_weights(
@@ -92,15 +136,18 @@ def interval(draws: Float[Tensor, " draws"]) -> Interval:
 
 
 def fvu(
-    squared_error: Float[Tensor, " documents"],
+    reconstruction: ReconstructionSums,
     activations: ActivationSums,
     weights: Float[Tensor, "draws documents"],
+    weighting: int = 0,
 ) -> Interval:
     """Fraction of variance unexplained: sum ||x - x_hat||^2 / sum ||x - mean||^2.
 
-    The mean is that of the same rows. In [0, inf): 0 iff x_hat == x, 1 for x_hat = mean.
+    The mean is that of the same rows. In [0, inf): 0 iff x_hat == x, 1 for x_hat = mean. Both
+    sums weigh dimensions by row `weighting` of the sums' `dimension_weights`.
     """
-    return interval((weights @ squared_error) / activations.total_variance(weights))
+    squared_error = reconstruction.squared_error[weighting]
+    return interval((weights @ squared_error) / activations.total_variance(weights, weighting))
 
 
 def mean_per_row(

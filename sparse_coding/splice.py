@@ -6,10 +6,10 @@ only targets predicted from valid positions are counted, for the clean model and
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sparse_coding.harvest import kept_rows
@@ -23,6 +23,17 @@ Hook = tuple[str, Callable[..., Tensor]]  # its name in the model, and what is d
 ROWS_OF_LOGITS = 64
 
 
+class SplicedLosses(NamedTuple):
+    """What the model loses by replacements, by name; 0 at targets that are not counted."""
+
+    cross_entropy: dict[str, Float[Tensor, "contexts targets"]]
+    """Nats of the next token."""
+    kl: dict[str, Float[Tensor, "contexts targets"]]
+    """KL(clean || replaced) of the next token's distribution, nats; without a clean pass, none."""
+    counted: Bool[Tensor, "contexts targets"]
+    """Which targets count."""
+
+
 @torch.inference_mode()
 def cross_entropies(
     lm: LanguageModel,
@@ -31,27 +42,32 @@ def cross_entropies(
     replacements: Mapping[str, Replacement | None],
     *,
     max_norm: float = float("inf"),
-) -> tuple[dict[str, Float[Tensor, "contexts targets"]], Bool[Tensor, "contexts targets"]]:
-    """Cross-entropy (nats) of the next token under each replacement of a hook's rows.
+) -> SplicedLosses:
+    """Cross-entropy of the next token, and divergence from the clean model, under replacements.
 
     `replacements` maps a name to a function of the kept rows (n, d) in float32, or to None for the
-    clean model. Target t + 1 is predicted from position t; it is counted where t is a valid
-    position and t + 1 no special token. Returned: {name: losses}, and the mask of counted targets;
-    losses elsewhere are 0. One forward pass each, of which only the first runs the blocks before
-    the hook's.
+    clean model, which is first where divergences are wanted. Target t + 1 is predicted from
+    position t; it is counted where t is a valid position and t + 1 no special token. One forward
+    pass each, of which only the first runs the blocks before the hook's.
     """
     tokens, valid = batch.tokens.to(lm.device), batch.valid.to(lm.device)
     counted = valid[:, :-1] & valid[:, 1:]
+    targets = tokens[:, 1:][counted]
     earlier = _EarlierBlocks(lm, layer=int(hook_name.split(".")[1]))
-    losses = {}
+    result, clean = SplicedLosses({}, {}, counted), None
     for name, replace in replacements.items():
         hooks = [] if replace is None else _hooks(hook_name, replace, valid, max_norm)
         with earlier.run_once() as start:
             logits = lm.model.run_with_hooks(
                 tokens, return_type="logits", fwd_hooks=[start, *hooks], use_cache=False
-            )
-        losses[name] = _loss(logits, tokens, counted)
-    return losses, counted
+            )[:, :-1][counted]
+        if replace is None:
+            clean = logits
+        loss, kl = _loss_and_kl(logits, targets, clean)
+        result.cross_entropy[name] = _spread(loss, counted)
+        if kl is not None:
+            result.kl[name] = _spread(kl, counted)
+    return result
 
 
 class _EarlierBlocks:
@@ -122,15 +138,27 @@ def _hooks(
     ]
 
 
-def _loss(
-    logits: Float[Tensor, "contexts position vocabulary"],
-    tokens: Tensor,
-    counted: Bool[Tensor, "contexts targets"],
+def _loss_and_kl(
+    logits: Float[Tensor, "n vocabulary"],
+    targets: Int[Tensor, " n"],
+    clean: Float[Tensor, "n vocabulary"] | None,
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"] | None]:
+    """Of each counted target; without clean logits there is no divergence."""
+    loss = torch.zeros(len(targets), device=logits.device)
+    kl = None if clean is None else torch.zeros_like(loss)
+    for start in range(0, len(targets), ROWS_OF_LOGITS):
+        part = slice(start, start + ROWS_OF_LOGITS)
+        log_p = logits[part].float().log_softmax(dim=-1)
+        loss[part] = -log_p.gather(1, targets[part, None])[:, 0]
+        if kl is not None and clean is not logits:
+            log_clean = clean[part].float().log_softmax(dim=-1)
+            kl[part] = (log_clean.exp() * (log_clean - log_p)).sum(dim=-1)
+    return loss, kl
+
+
+def _spread(
+    values: Float[Tensor, " n"], counted: Bool[Tensor, "contexts targets"]
 ) -> Float[Tensor, "contexts targets"]:
-    losses = torch.zeros(counted.shape, device=logits.device)
-    chosen, targets = logits[:, :-1][counted], tokens[:, 1:][counted]
-    parts = zip(chosen.split(ROWS_OF_LOGITS), targets.split(ROWS_OF_LOGITS), strict=True)
-    losses[counted] = torch.cat(
-        [torch.nn.functional.cross_entropy(a.float(), b, reduction="none") for a, b in parts]
-    )
-    return losses
+    spread = torch.zeros(counted.shape, device=values.device)
+    spread[counted] = values
+    return spread

@@ -55,7 +55,7 @@ def test_fvu_equals_its_definition_with_the_datasets_own_mean(rows):
     x, document = rows
     dictionary = Linear(0.3, 2.0)
     reconstruction, activations = sums(dictionary, x, document)
-    estimate = fvu(reconstruction.squared_error, activations, torch.ones(2, N_DOCUMENTS).double())
+    estimate = fvu(reconstruction, activations, torch.ones(2, N_DOCUMENTS).double())
     x64, x_hat = x.double().numpy(), dictionary(x).double().numpy()
     expected = ((x64 - x_hat) ** 2).sum() / ((x64 - x64.mean(axis=0)) ** 2).sum()
     assert estimate.value == pytest.approx(expected, rel=1e-6)  # x_hat itself is float32
@@ -66,7 +66,7 @@ def test_fvu_is_one_for_the_constant_mean(rows):
     mean = Linear(0.0, 0.0)
     mean.decode = lambda f: x.mean(dim=0).expand(len(f), -1)
     reconstruction, activations = sums(mean, x, document)
-    estimate = fvu(reconstruction.squared_error, activations, torch.ones(2, N_DOCUMENTS).double())
+    estimate = fvu(reconstruction, activations, torch.ones(2, N_DOCUMENTS).double())
     assert estimate.value == pytest.approx(1.0, rel=1e-6)
 
 
@@ -85,7 +85,7 @@ def test_l0_and_firing_counts_equal_a_count_by_hand(rows):
     reconstruction, activations = sums(dictionary, x, document)
     active = (x @ dictionary.W_dec.T).numpy() > 0
     l0 = mean_per_row(
-        reconstruction.n_active, activations.n, torch.ones(2, N_DOCUMENTS).double()
+        reconstruction.rows["n_active"], activations.n, torch.ones(2, N_DOCUMENTS).double()
     ).value
     assert l0 == pytest.approx(active.sum(axis=1).mean(), rel=1e-12)
     np.testing.assert_array_equal(reconstruction.n_firings.numpy(), active.sum(axis=0))

@@ -91,7 +91,7 @@ def spliced(plain, hook, change):
 def test_clean_losses_are_those_of_transformers_over_the_counted_targets(
     lms, plains, batch, family
 ):
-    losses, counted = cross_entropies(lms[family], batch, HOOK, {"clean": None})
+    losses, _, counted = cross_entropies(lms[family], batch, HOOK, {"clean": None})
     with torch.no_grad():
         expected, expected_counted = reference_losses(plains[family], batch)
     assert torch.equal(counted, expected_counted)
@@ -101,7 +101,7 @@ def test_clean_losses_are_those_of_transformers_over_the_counted_targets(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_their_mean_is_the_loss_that_transformers_reports(lms, plains, batch, family):
-    losses, counted = cross_entropies(lms[family], batch, HOOK, {"clean": None})
+    losses, _, counted = cross_entropies(lms[family], batch, HOOK, {"clean": None})
     labels = batch.tokens.clone()
     labels[:, 1:][~counted] = -100
     with torch.no_grad():
@@ -112,7 +112,7 @@ def test_their_mean_is_the_loss_that_transformers_reports(lms, plains, batch, fa
 @pytest.mark.parametrize(("family", "hook"), CASES)
 def test_rows_put_back_as_they_are_change_nothing(lms, batch, family, hook):
     replacements = {"clean": None, "same": lambda x: x.clone()}
-    losses, _ = cross_entropies(lms[family], batch, f"blocks.{LAYER}.{hook}", replacements)
+    losses, *_ = cross_entropies(lms[family], batch, f"blocks.{LAYER}.{hook}", replacements)
     torch.testing.assert_close(losses["same"], losses["clean"], rtol=0, atol=1e-6)
 
 
@@ -143,7 +143,7 @@ def test_a_replacement_equals_a_torch_hook_on_transformers_own_module(
         expected, _ = reference_losses(plains[family], batch)
     for handle in handles:
         handle.remove()
-    losses, counted = cross_entropies(
+    losses, _, counted = cross_entropies(
         lms[family], batch, hook_name, {"clean": None, "x": lambda x: 0.5 - x}, max_norm=max_norm
     )
     torch.testing.assert_close(losses["x"], expected, rtol=0, atol=1e-5)
@@ -158,7 +158,7 @@ def test_zero_ablation_equals_a_torch_hook_that_writes_zeros(lms, plains, batch)
     with torch.no_grad():
         expected, _ = reference_losses(plains["gpt2"], batch)
     handle.remove()
-    losses, _ = cross_entropies(lms["gpt2"], batch, HOOK, {"zero": torch.zeros_like})
+    losses, *_ = cross_entropies(lms["gpt2"], batch, HOOK, {"zero": torch.zeros_like})
     torch.testing.assert_close(losses["zero"], expected, rtol=0, atol=1e-5)
 
 
@@ -173,7 +173,7 @@ def test_the_replacement_sees_the_kept_rows_in_order_in_float32(folders, batch):
 
 
 def test_losses_are_zero_where_they_do_not_count(lms, batch):
-    losses, counted = cross_entropies(
+    losses, _, counted = cross_entropies(
         lms["llama"], batch, HOOK, {"clean": None, "zero": torch.zeros_like}
     )
     for loss in losses.values():
@@ -183,13 +183,13 @@ def test_losses_are_zero_where_they_do_not_count(lms, batch):
 
 def test_one_variant_leaves_nothing_behind_for_the_next(lms, batch):
     order = {"zero": torch.zeros_like, "clean": None, "again": torch.zeros_like}
-    alone, _ = cross_entropies(lms["gpt_neox"], batch, HOOK, {"clean": None})
-    losses, _ = cross_entropies(lms["gpt_neox"], batch, HOOK, order)
+    alone, *_ = cross_entropies(lms["gpt_neox"], batch, HOOK, {"clean": None})
+    losses, *_ = cross_entropies(lms["gpt_neox"], batch, HOOK, order)
     assert torch.equal(losses["clean"], alone["clean"])
     assert torch.equal(losses["zero"], losses["again"])
 
 
 def test_a_batch_without_a_counted_target_has_no_losses(lms, batch):
     nothing = batch._replace(valid=torch.zeros_like(batch.valid))
-    losses, counted = cross_entropies(lms["llama"], nothing, HOOK, {"zero": torch.zeros_like})
+    losses, _, counted = cross_entropies(lms["llama"], nothing, HOOK, {"zero": torch.zeros_like})
     assert not counted.any() and not losses["zero"].any()

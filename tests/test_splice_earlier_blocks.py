@@ -17,9 +17,9 @@ REPLACEMENTS = {
 @pytest.mark.parametrize(("family", "hook"), CASES)
 def test_losses_are_those_of_each_replacement_alone_to_the_bit(lms, batch, family, hook):  # noqa: F811
     hook_name = f"blocks.{LAYER}.{hook}"
-    together, _ = cross_entropies(lms[family], batch, hook_name, REPLACEMENTS)
+    together, *_ = cross_entropies(lms[family], batch, hook_name, REPLACEMENTS)
     for name, replace in REPLACEMENTS.items():
-        alone, _ = cross_entropies(lms[family], batch, hook_name, {name: replace})
+        alone, *_ = cross_entropies(lms[family], batch, hook_name, {name: replace})
         assert torch.equal(together[name], alone[name]), name
 
 
