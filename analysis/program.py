@@ -97,16 +97,20 @@ def write_results(path: Path, cfg: Any, rows: Sequence[Row], device: str, **more
 
 def print_table(title: str, rows: Sequence[Row], columns: dict[str, str], note: str = "") -> None:
     """Rows as a table: `columns` maps a key to its format; `x_low`, `x_high` become brackets."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, caption=note or None, title_justify="left", caption_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for i, key in enumerate(columns):
         table.add_column(key, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*(cell(row, key, form) for key, form in columns.items()))
-    # A pipe has no width: the table is as wide as it needs to be.
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    # A number that is cut off is worse than a line that is too long.
+    width = Console(width=10_000).measure(table).maximum
+    Console(width=max(width, Console().width)).print(table)
+    if note:
+        print(note)
 
 
 def cell(row: Row, key: str, form: str) -> str:

@@ -103,7 +103,9 @@ def _load(source: str, path: Path, cfg: MeasureConfig) -> Subject:
     facts = {"architecture": getattr(dictionary, "name", "unknown")}
     facts |= {key: said[key] for key in FACTS if key in said}
     facts |= {"d_in": dictionary.d_in, "d_sae": dictionary.d_sae}
-    name = path.name if run is None else str(path.resolve().relative_to(run / "saes"))
+    name = (
+        path.name if run is None else str(path.absolute().relative_to((run / "saes").absolute()))
+    )
     return Subject(name, dictionary, Origin(**settings), facts, run)
 
 
@@ -113,9 +115,11 @@ def _longer_name(subject: Subject) -> str:
 
 
 def _run_folder(path: Path) -> Path | None:
-    for folder in path.resolve().parents:
+    for folder in path.absolute().parents:
         if folder.name == "saes" and (folder.parent / "config.json").is_file():
-            return folder.parent
+            here = Path.cwd()
+            run = folder.parent
+            return run.relative_to(here) if run.is_relative_to(here) else run
     return None
 
 

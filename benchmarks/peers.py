@@ -29,6 +29,7 @@ DISTRIBUTIONS = {
     "sae_lens": "sae-lens",
     "dictionary_learning": "dictionary-learning",
     "sparsify": "eai-sparsify",
+    "sae_bench": "sae-bench",
 }
 
 

@@ -1,7 +1,26 @@
-"""Settings for all tests: no network, and threads that do not wait by spinning."""
+"""Settings for all tests: no network, threads that do not wait by spinning; a finished run."""
 
 import os
+
+import pytest
+from tiny_runs import command, run_in, save_place
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning slows a shared machine many times
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """A folder with a tiny language model and a text."""
+    folder = tmp_path_factory.mktemp("place")
+    save_place(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(place):
+    """The entry script's process, and its run folder: ratios 1 and 4, seeds 0 and 1."""
+    done = run_in(place, command("--name", "whole", "--seed", "0", "1"))
+    assert done.returncode == 0, done.stderr
+    return done, place / "outputs/runs/whole"
