@@ -18,9 +18,9 @@ from sparse_coding.errors import UserError
 from sparse_coding.harvest import activations, kept_rows
 from sparse_coding.metrics import (
     ActivationSums,
-    Interval,
     ReconstructionSums,
     bootstrap_weights,
+    columns,
     dead_upper_bound,
     fvu,
     interval,
@@ -227,17 +227,17 @@ def _reconstruction_row(
     n_rows, n_excluded = int(inputs.n.sum()), int(sums.excluded_inputs.n.sum())
     n_documents = int((inputs.n > 0).sum())
     row = {"n_tokens_eval": n_rows, "n_documents_eval": n_documents}
-    row |= _spread("l0", mean_per_row(one.rows["n_active"], inputs.n, weights))
+    row |= columns("l0", mean_per_row(one.rows["n_active"], inputs.n, weights))
     row |= {f"l0_p{q:02d}": _quantile(one.l0_counts, q / 100) for q in (5, 25, 50, 75, 95)}
     kinds = ("fvu", "fvu_without_outliers", "fvu_standardised")
     for weighting in range(len(one.squared_error)):
-        row |= _spread(kinds[weighting], fvu(one, inputs, weights, weighting))
+        row |= columns(kinds[weighting], fvu(one, inputs, weights, weighting))
     squared_error = one.squared_error[0].sum().item()
     row |= {"mse": squared_error / n_rows, "mse_per_dimension": squared_error / n_rows / one.d_in}
     for key in ("l1", "cosine", "l2_ratio"):
-        row |= _spread(key, mean_per_row(one.rows[key], inputs.n, weights))
+        row |= columns(key, mean_per_row(one.rows[key], inputs.n, weights))
     bias = (weights @ one.rows["x_hat_square"]) / (weights @ one.rows["x_dot_x_hat"])
-    row |= _spread("reconstruction_bias", interval(bias))
+    row |= columns("reconstruction_bias", interval(bias))
     rate = one.n_firings / n_rows
     return row | {
         "dead_fraction": (one.n_firings == 0).float().mean().item(),
@@ -258,21 +258,15 @@ def _loss_row(
     lost = ce[name] - ce["clean"]
     row = {f"ce_{key}": ce[key][0].item() for key in ("clean", "zero", "mean")}
     row |= {"ce_sae": ce[name][0].item(), "n_tokens_ce": int(losses.n.sum())}
-    row |= _spread("nats_lost", interval(lost))
-    row |= _spread("kl", interval((weights @ losses.kl[name]) / n))
-    row |= _spread("ce_recovered", interval(1 - lost / (ce["zero"] - ce["clean"])))
-    row |= _spread("ce_recovered_mean", interval(1 - lost / (ce["mean"] - ce["clean"])))
+    row |= columns("nats_lost", interval(lost))
+    row |= columns("kl", interval((weights @ losses.kl[name]) / n))
+    row |= columns("ce_recovered", interval(1 - lost / (ce["zero"] - ce["clean"])))
+    row |= columns("ce_recovered_mean", interval(1 - lost / (ce["mean"] - ce["clean"])))
     control = _control(name)
     if control in ce:
-        row |= _spread("nats_lost_random_error", interval(ce[control] - ce["clean"]))
-        row |= _spread("kl_random_error", interval((weights @ losses.kl[control]) / n))
+        row |= columns("nats_lost_random_error", interval(ce[control] - ce["clean"]))
+        row |= columns("kl_random_error", interval((weights @ losses.kl[control]) / n))
     return row
-
-
-def _spread(name: str, estimate: Interval) -> dict[str, float | None]:
-    """None for what is undefined, such as a ratio to 0."""
-    named = zip((name, f"{name}_low", f"{name}_high"), estimate, strict=True)
-    return {key: value if math.isfinite(value) else None for key, value in named}
 
 
 def _quantile(counts: Int[Tensor, " values"], q: float) -> int:

@@ -152,19 +152,24 @@ class Rows:
         """Run the model on one batch of contexts."""
         return Seen(batch, activations(self.lm, batch.tokens, self.hook_names))
 
+    def kept(self, seen: Seen) -> Bool[Tensor, "contexts position"]:
+        """Which rows count at every hook, on the CPU."""
+        batch, acts = seen
+        valid = batch.valid.to(self.lm.device)
+        kept = valid
+        for name in self.hook_names:
+            kept = kept & kept_rows(acts[name], valid, self.max_norms[name])
+        return kept.to(batch.tokens.device)
+
     def keep(self, seen: Seen) -> KeptRows:
         """The rows of a batch that count."""
         batch, acts = seen
-        valid = batch.valid.to(self.lm.device)
-        keep = valid
-        for name in self.hook_names:
-            keep = keep & kept_rows(acts[name], valid, self.max_norms[name])
-        on_cpu = keep.to(batch.tokens.device)
+        kept = self.kept(seen)
         n_valid = int(batch.valid.sum())
         self.n_valid += n_valid
-        self.n_dropped += n_valid - int(on_cpu.sum())
-        rows = {name: acts[name][keep] for name in self.hook_names}
-        return KeptRows(rows, batch.tokens[on_cpu], batch.document[on_cpu])
+        self.n_dropped += n_valid - int(kept.sum())
+        rows = {name: acts[name][kept.to(self.lm.device)] for name in self.hook_names}
+        return KeptRows(rows, batch.tokens[kept], batch.document[kept])
 
 
 def harvest_to_cache(

@@ -4,6 +4,7 @@ Everything is accumulated in float64 on the CPU, one row of sums per document: m
 of documents, and bootstrap intervals over documents, follow without another pass.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,12 @@ class Interval(NamedTuple):
     value: float
     low: float
     high: float
+
+
+def columns(name: str, estimate: Interval) -> dict[str, float | None]:
+    """`name`, `name_low`, `name_high` of a results row; None for what is undefined (0 / 0)."""
+    named = zip((name, f"{name}_low", f"{name}_high"), estimate, strict=True)
+    return {key: value if math.isfinite(value) else None for key, value in named}
 
 
 ROW_SUMS = ("n_active", "l1", "cosine", "l2_ratio", "x_hat_square", "x_dot_x_hat")

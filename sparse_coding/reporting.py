@@ -194,4 +194,5 @@ def print_plan(run: Run, lm: LanguageModel, specs: list[SAESpec]) -> None:
     }
     for key, value in lines.items():
         print(f"{key:>8}  {value}")
-    check_memory(memory, lm.device)
+    advice = "train fewer or smaller SAEs at once (--ratios, --target-l0, --seed, --hook-name)"
+    check_memory(memory, lm.device, "training", advice)

@@ -115,7 +115,7 @@ class Run:
             temporary.write_text("".join(kept), encoding="utf-8")
 
 
-def check_memory(n_bytes: int, device: torch.device) -> None:
+def check_memory(n_bytes: int, device: torch.device, purpose: str, advice: str) -> None:
     """`UserError` unless so much memory is available on the device (unknown on MPS)."""
     if device.type == "cuda":
         available = torch.cuda.mem_get_info(device)[0]
@@ -125,9 +125,8 @@ def check_memory(n_bytes: int, device: torch.device) -> None:
         return
     if n_bytes > available:
         raise UserError(
-            f"training needs about {n_bytes / 1e9:.1f} GB of memory and {available / 1e9:.1f} GB "
-            f"are available on {device}: train fewer or smaller SAEs at once (--ratios, "
-            "--target-l0, --seed, --hook-name)"
+            f"{purpose} needs about {n_bytes / 1e9:.1f} GB of memory and {available / 1e9:.1f} "
+            f"GB are available on {device}: {advice}"
         )
 
 

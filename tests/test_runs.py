@@ -193,7 +193,8 @@ def test_files_are_as_readable_as_the_umask_says(tmp_path):
 
 def test_a_plan_that_does_not_fit_into_memory_is_refused_with_both_numbers():
     available = psutil.virtual_memory().available
-    check_memory(available // 2, torch.device("cpu"))
-    line = r"needs about 1000.0 GB of memory and \d+\.\d GB are available on cpu: train fewer"
+    cpu = torch.device("cpu")
+    check_memory(available // 2, cpu, "training", "train fewer")
+    line = r"training needs about 1000.0 GB of memory and \d+\.\d GB are available on cpu: train"
     with pytest.raises(UserError, match=line):
-        check_memory(10**12, torch.device("cpu"))
+        check_memory(10**12, cpu, "training", "train fewer")
