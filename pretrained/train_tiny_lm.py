@@ -4,7 +4,7 @@
     python -m pretrained.train_tiny_lm --seed 1 --output pretrained/tiny-b
 
 Each is a GPT-NeoX (Pythia's architecture) of 2.6 million parameters on the training split of the
-builtin text, about two hours on one CPU core. The seed draws the initial weights and the order of
+builtin text, about 45 minutes on one CPU core. The seed draws the initial weights and the order of
 the contexts; the tokenizer depends on the text alone. The result is a Hugging Face folder in
 float16 with a model card. A run that is stopped goes on with the same command.
 """

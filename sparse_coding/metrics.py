@@ -5,10 +5,13 @@ of documents, and bootstrap intervals over documents, follow without another pas
 """
 
 import math
+import statistics
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
+from scipy.special import stdtrit
 from torch import Tensor
 
 from sparse_coding.dictionary import Dictionary
@@ -20,6 +23,13 @@ class Interval(NamedTuple):
     value: float
     low: float
     high: float
+
+
+def t_interval(values: Sequence[float]) -> Interval:
+    """Mean of independent values, two or more, with Student's t interval."""
+    n, mean = len(values), statistics.fmean(values)
+    half = float(stdtrit(n - 1, 0.975)) * statistics.stdev(values) / math.sqrt(n)
+    return Interval(mean, mean - half, mean + half)
 
 
 def columns(name: str, estimate: Interval) -> dict[str, float | None]:

@@ -27,6 +27,8 @@ from sparse_coding.storage import sha256
 EMBEDDED = "smollm2-135m"
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 EMBEDDED_CACHE = Path("outputs/cache/models/smollm2-135m")
+SHIPPED = Path(__file__).parents[1] / "pretrained"
+SHIPPED_NAMES = ("tiny-a", "tiny-b")
 STREAM_HOOKS = (
     "hook_resid_pre",
     "hook_resid_mid",
@@ -99,10 +101,11 @@ def load_lm(
 ) -> LanguageModel:
     """The language model `name`, ready on its device.
 
-    `smollm2-135m` (embedded), a local Hugging Face folder, or a hub id, with an optional
-    `@revision`. `@random` re-initialises every weight from the architecture's own distribution,
-    `@shuffled` permutes the entries of every weight tensor (both seeded; controls as in Heap et
-    al. 2025, arXiv 2501.17727). An unknown name is a `UserError`.
+    `smollm2-135m` (embedded), `tiny-a` or `tiny-b` (shipped; they differ in their seed alone), a
+    local Hugging Face folder, or a hub id, with an optional `@revision`. `@random` re-initialises
+    every weight from the architecture's own distribution, `@shuffled` permutes the entries of
+    every weight tensor (both seeded; controls as in Heap et al. 2025, arXiv 2501.17727). An
+    unknown name is a `UserError`.
     """
     base, _, suffix = name.partition("@")
     randomisation = suffix if suffix in RANDOMISATIONS else None
@@ -127,10 +130,21 @@ def load_lm(
     return LanguageModel(model, tokenizer, name, where, number_format, identity)
 
 
+def n_layers_of(name: str) -> int:
+    """Number of blocks of a language model, from its configuration alone."""
+    base, _, suffix = name.partition("@")
+    revision = suffix if suffix not in ("", *RANDOMISATIONS) else None
+    with _quiet(), _one_line_for_what_cannot_be_loaded(name):
+        config = AutoConfig.from_pretrained(_source(base, name), revision=revision)
+    return config.num_hidden_layers
+
+
 def _source(base: str, name: str) -> str:
     """The folder or hub id to load from."""
     if base == EMBEDDED:
         return str(_embedded_folder())
+    if base in SHIPPED_NAMES:
+        return str(SHIPPED / base)
     folder = Path(base).expanduser()
     if folder.is_dir():
         return str(folder)
@@ -148,8 +162,9 @@ def _one_line_for_what_cannot_be_loaded(name: str) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"--lm {name} cannot be loaded ({reason}); give {EMBEDDED}, a folder with a "
-            "Hugging Face model, or a hub id such as gpt2 (the hub must be reachable)"
+            f"--lm {name} cannot be loaded ({reason}); give {EMBEDDED}, "
+            f"{', '.join(SHIPPED_NAMES)}, a folder with a Hugging Face model, or a hub id such as "
+            "gpt2 (the hub must be reachable)"
         ) from None
 
 
