@@ -161,7 +161,7 @@ def train(training: Training, cfg: Config) -> None:
         "seed": range(cfg.seeds),
         "target-l0": [cfg.target_l0],
         "n-tokens": [cfg.n_tokens_train],
-        "n-tokens-eval": [30_000],
+        "n-tokens-eval": [8_000],
         "n-tokens-ce": [1_000],
         "name": [training.name],
         "output": [cfg.runs],
@@ -286,6 +286,9 @@ def compare_all(folders: list[str], depths: dict[str, int], cfg: Config) -> list
     return rows
 
 
+SHARED = (
+    "lm_a", "hook_name_a", "ratio_a", "lm_b", "hook_name_b", "ratio_b", "n_tokens",
+)  # fmt: skip
 QUANTITIES = (
     "decoder_cosine", "decoder_cosine_null", "decoder_cosine_null_covariance",
     "decoder_above_0.7", "decoder_above_0.9", "encoder_cosine", "encoder_cosine_null",
@@ -306,7 +309,7 @@ def summarise(pairs: list[Row]) -> list[Row]:
     summary = []
     for (condition, a, b), rows in groups.items():
         row: Row = {"what": "condition", "condition": condition, "a": a, "b": b}
-        row |= {"n_pairs": len(rows), "n_tokens": rows[0]["n_tokens"]}
+        row |= {"n_pairs": len(rows)} | {key: rows[0][key] for key in SHARED}
         for key in QUANTITIES:
             values = [one[key] for one in rows if one.get(key) is not None]
             if len(values) == len(rows):

@@ -6,7 +6,8 @@ from collections import Counter
 import pytest
 from tiny_runs import run_program
 
-from analysis.consistency import Config, conditions, hook, plan, summarise
+from analysis.consistency import SHARED, Config, conditions, hook, plan, summarise
+from data_visualization import fig_consistency
 
 STUDY = (
     "--lm lm --layers 1 --ratios 1 2 --ratio 2 --seeds 2 --target-l0 6 --text text.jsonl "
@@ -86,9 +87,32 @@ def test_the_whole_plan_holds_every_kind_that_is_compared():
     assert len(set(alone)) == len(alone), "nothing is compared twice"
 
 
+def test_the_figure_draws_the_means_and_their_nulls(studied):
+    _, rows = studied
+    figure = fig_consistency.draw(rows)
+    found = {(row["a"], row["b"]): row for row in rows if row["what"] == "condition"}
+    cosines, correlations, ratios, models = figure.axes
+    for ax, key in ((cosines, "decoder_cosine"), (correlations, "correlation")):
+        for to in (1, 2):
+            (line,) = (x for x in ax.lines if x.get_label() == f"in 1:{to}")
+            expected = [found[f"ratio {a}", f"ratio {to}"][key] for a in (1, 2)]
+            assert list(line.get_ydata()) == pytest.approx(expected)
+        nulls = [x.get_ydata()[0] for x in ax.lines if x.get_label() == "_null"]
+        assert nulls == pytest.approx(
+            [found["ratio 1", f"ratio {to}"][f"{key}_null"] for to in (1, 2)]
+        )
+    shown = [text.get_text() for text in ratios.texts]
+    pairs = [("ratio 1", "ratio 1"), ("ratio 1", "ratio 2"), ("ratio 2", "ratio 1")]
+    expected = [found[pair]["correlation"] for pair in [*pairs, ("ratio 2", "ratio 2")]]
+    assert shown == [f"{value:.2f}".lstrip("0") for value in expected]
+    own = found["ratio 2", "ratio 2"]["correlation"]  # the model's SAEs are those of ratio 2
+    assert models.texts[0].get_text() == f"{own:.2f}".lstrip("0")
+
+
 def test_what_was_not_measured_for_every_pair_has_no_mean():
     rows = [
-        {"condition": "model", "label_a": "x", "label_b": "y", "n_tokens": 9, "correlation": c}
+        dict.fromkeys(SHARED, 9)
+        | {"condition": "model", "label_a": "x", "label_b": "y", "correlation": c}
         | ({"decoder_cosine": 0.5} if c == 0.2 else {})
         for c in (0.2, 0.4)
     ]
