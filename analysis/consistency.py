@@ -288,6 +288,7 @@ def compare_all(folders: list[str], depths: dict[str, int], cfg: Config) -> list
 
 SHARED = (
     "lm_a", "hook_name_a", "ratio_a", "lm_b", "hook_name_b", "ratio_b", "n_tokens",
+    "n_tokens_correlation", "n_documents_correlation",
 )  # fmt: skip
 QUANTITIES = (
     "decoder_cosine", "decoder_cosine_null", "decoder_cosine_null_covariance",

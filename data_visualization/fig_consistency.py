@@ -1,8 +1,8 @@
 """Which conditions make dictionaries learn the same features?
 
-    python -m data_visualization.fig_consistency outputs/results
+    python -m data_visualization.fig_consistency outputs
 
-Seconds. Reads FOLDER/consistency.json, writes FOLDER/figures/fig_consistency.png and .pdf.
+Seconds. Reads FOLDER/results/consistency.json, writes FOLDER/figures/fig_consistency.png and .pdf.
 """
 
 import matplotlib
@@ -28,7 +28,7 @@ MEASURES = {
 }
 MATRICES = {"ratio": "ratios", "layer": "layers", "model": "language models"}
 TEXT = ("condition", "a", "b", "lm_a", "hook_name_a")
-NUMBERS = ("correlation", "correlation_null", "n_pairs", "ratio_a")
+NUMBERS = ("correlation", "correlation_null", "n_pairs", "n_tokens_correlation", "ratio_a")
 
 
 def draw(rows: list[Row]) -> Figure:
@@ -52,7 +52,7 @@ def draw(rows: list[Row]) -> Figure:
         axes = below.subplots(1, len(drawn), squeeze=False, width_ratios=widths)[0]
         for ax, (kind, (names, cells)) in zip(axes, drawn.items(), strict=True):
             draw_matrix(ax, MATRICES[kind], names, cells)
-        caption(figure, small_print(rows, summary))
+        caption(figure, small_print(summary))
     return figure
 
 
@@ -130,10 +130,9 @@ def short_label(label: str) -> str:
     return label.replace("@", "\n").replace("smollm2-135m", "smollm2")
 
 
-def small_print(rows: list[Row], summary: list[Row]) -> str:
+def small_print(summary: list[Row]) -> str:
     """What was compared, on how much, and what the lines are."""
-    pairs = [row for row in rows if row.get("what") == "pair"]
-    tokens = span((row["n_tokens_correlation"] for row in pairs), count)
+    tokens = span((row["n_tokens_correlation"] for row in summary), count)
     n = span(row["n_pairs"] for row in summary)
     return (
         "Of each feature of one dictionary, the most similar feature of another one of another "
@@ -145,4 +144,4 @@ def small_print(rows: list[Row], summary: list[Row]) -> str:
 
 
 if __name__ == "__main__":
-    main(draw, "consistency.json", "fig_consistency", __doc__.splitlines()[0])
+    main(draw, "results/consistency.json", "fig_consistency", __doc__.splitlines()[0])

@@ -1,8 +1,8 @@
 """How do features share dimensions as inputs get sparser, and do SAEs find them again?
 
-    python -m data_visualization.fig_feature_dimensionality outputs/results
+    python -m data_visualization.fig_feature_dimensionality outputs
 
-Seconds. Reads FOLDER/feature_dimensionality.json, writes
+Seconds. Reads FOLDER/results/feature_dimensionality.json, writes
 FOLDER/figures/fig_feature_dimensionality.png and .pdf.
 """
 
@@ -140,5 +140,8 @@ def small_print(of: dict[str, list[Row]]) -> str:
 
 if __name__ == "__main__":
     main(
-        draw, "feature_dimensionality.json", "fig_feature_dimensionality", __doc__.splitlines()[0]
+        draw,
+        "results/feature_dimensionality.json",
+        "fig_feature_dimensionality",
+        __doc__.splitlines()[0],
     )

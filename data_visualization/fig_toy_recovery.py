@@ -1,9 +1,9 @@
 """Which dictionaries recover planted features, and at which ratio and coefficient?
 
-    python -m data_visualization.fig_toy_recovery outputs/results
+    python -m data_visualization.fig_toy_recovery outputs
 
-Seconds. Reads FOLDER/recover_toy_features.json, writes FOLDER/figures/fig_toy_recovery.png and
-.pdf. With rows of a phase diagram, that too.
+Seconds. Reads FOLDER/results/recover_toy_features.json, writes FOLDER/figures/fig_toy_recovery.png
+and .pdf. With rows of a phase diagram, that too.
 """
 
 import matplotlib
@@ -185,4 +185,4 @@ def small_print(rows: list[Row]) -> str:
 
 
 if __name__ == "__main__":
-    main(draw, "recover_toy_features.json", "fig_toy_recovery", __doc__.splitlines()[0])
+    main(draw, "results/recover_toy_features.json", "fig_toy_recovery", __doc__.splitlines()[0])

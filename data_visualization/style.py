@@ -159,7 +159,9 @@ def main(draw: Callable[[list[Row]], Figure], source: str, name: str, descriptio
     """The command line of a figure: RUN_FOLDER/`source` in, RUN_FOLDER/figures/`name`.* out."""
     parser = argparse.ArgumentParser(prog=f"python -m data_visualization.{name}")
     parser.description = description
-    parser.add_argument("run_folder", type=Path, help=f"a run's folder, which holds {source}")
+    parser.add_argument(
+        "run_folder", type=Path, help=f"a run's folder, or outputs: it holds {source}"
+    )
     folder = parser.parse_args().run_folder
     try:
         paths = save(draw(read_rows(folder / source)), folder / "figures", name)

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,51 +11,13 @@ import pytest
 import torch
 from build_notebook import ROOT
 from safetensors.torch import load_file
-from tiny_models import save_tiny_lm
+from tiny_runs import command, run_in
 
 from sparse_coding.formats.saelens import load_saelens
 
-WORDS = [
-    "the", "a", "one", "red", "blue", "old", "new", "cat", "dog", "bird", "tree", "sees", "finds",
-    "likes", "near", "under", "over",
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with a GPT-NeoX of two layers and a text of 200 documents."""
-    folder = tmp_path_factory.mktemp("place")
-    generator = torch.Generator().manual_seed(0)
-    texts = []
-    for _ in range(200):
-        drawn = torch.randint(len(WORDS), (120,), generator=generator).tolist()
-        texts.append(" ".join(WORDS[i] for i in drawn))
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    save_tiny_lm("gpt_neox", folder / "lm", "\n".join(texts))
-    return folder
-
-
-def command(place: Path, *arguments: str) -> list[str]:
-    settings = (
-        "--lm lm --text text.jsonl --hook-name blocks.1.hook_resid_post --context-length 32 "
-        "--heldout-fraction 0.2 --ratios 1 4 --target-l0 6 --initial-l0 8 --n-tokens 12000 "
-        "--batch-tokens 64 --n-tokens-eval 1500 --n-tokens-ce 600 --log-every 5 --device cpu"
-    )
-    return [sys.executable, str(ROOT / "easy_training_base.py"), *settings.split(), *arguments]
-
 
 def run(place: Path, *arguments: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        command(place, *arguments), cwd=place, capture_output=True, text=True, env=environment
-    )
-
-
-@pytest.fixture(scope="module")
-def finished(place):
-    done = run(place, "--name", "whole", "--seed", "0", "1")
-    assert done.returncode == 0, done.stderr
-    return done, place / "outputs/runs/whole"
+    return run_in(place, command(*arguments))
 
 
 def test_the_table_has_a_line_for_every_sae_of_the_ladder(finished):
@@ -123,7 +84,7 @@ def test_a_terminated_run_that_is_resumed_ends_bitwise_equal(finished, place):
     arguments = ["--name", "broken", "--seed", "0", "1", "--checkpoint-every", "50"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        command(place, *arguments), cwd=place, env=environment, stderr=subprocess.PIPE, text=True
+        command(*arguments), cwd=place, env=environment, stderr=subprocess.PIPE, text=True
     )
     log = place / "outputs/runs/broken/metrics.jsonl"
     while process.poll() is None and not (log.exists() and log.stat().st_size > 2000):

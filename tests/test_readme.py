@@ -111,3 +111,55 @@ def test_the_table_of_quality_is_the_benchmarks():
         cells = [row["architecture"], row["vs"], f"{row['l0_theirs']:.1f}"]
         cells += [f"{row['l0_gap']:+.1f}", f"{row['fvu_theirs']:.3f}", interval]
         assert f"| {' | '.join(cells)} | {row['nats_lost_gap']:+.2f} |" in README
+
+
+def published(name):
+    path = ROOT / "outputs" / "published" / "results" / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8"))["rows"]
+
+
+def with_interval(row, key, form):
+    if row.get(key) is None:
+        return "-"
+    low, high = (form.format(row[f"{key}_{end}"]) for end in ("low", "high"))
+    return f"{form.format(row[key])} [{low}, {high}]"
+
+
+def test_the_table_of_consistency_is_the_studys():
+    def short(label):
+        return label.replace("smollm2-135m", "smollm2").replace("ratio ", "1:")
+
+    lines = set()
+    for row in published("consistency"):
+        null = row.get("decoder_cosine_null_covariance")
+        cells = [row["condition"], short(row["a"]), short(row["b"])]
+        cells += [with_interval(row, "decoder_cosine", "{:.2f}")]
+        cells += ["-" if null is None else f"{null:.2f}"]
+        cells += [
+            with_interval(row, "correlation", "{:.2f}"),
+            f"{row['correlation_above_0.7']:.0%}",
+        ]
+        lines.add(f"| {' | '.join(cells)} |")
+    section = README.split("### When do two dictionaries")[1].split("\n### ")[0]
+    table = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    assert len(table) > 10
+    assert not [line for line in table if line not in lines]
+    nulls = [abs(row["correlation_null"]) for row in published("consistency")]
+    assert max(nulls) < 0.005
+
+
+def test_the_table_of_baselines_is_the_programs():
+    section = README.split("### Does an SAE keep more")[1].split("\n### ")[0]
+    table = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    rows = [row for row in published("compare_baselines") if "@" not in row["lm"]]
+    lines = set()
+    for row in rows:
+        cells = [f"{row['l0']:.1f}", with_interval(row, "fvu", "{:.3f}")]
+        cells += [with_interval(row, "fvu_minus_sae", "{:+.3f}")]
+        cells += [with_interval(row, "nats_lost", "{:.2f}")]
+        cells += [with_interval(row, "nats_lost_minus_sae", "{:+.2f}")]
+        if row["family"] == "sae" and row["k"] is None:
+            cells[2] = cells[4] = "-"
+        lines.add(" | ".join(cells))
+    found = {line.strip("| ").split(" | ", 1)[1] for line in table}
+    assert found == lines
