@@ -109,8 +109,9 @@ def _add_cosines(
         row |= columns(f"{what}_cosine", bootstrap_mean(best.value)) | shares(what, best.value)
         null, _ = max_cosine(from_, random_directions(to, generator))
         row |= columns(f"{what}_cosine_null", bootstrap_mean(null.value))
-        null, _ = max_cosine(from_, random_directions(to, generator, keep_covariance=True))
-        row |= columns(f"{what}_cosine_null_covariance", bootstrap_mean(null.value))
+        if what == "decoder":
+            null, _ = max_cosine(from_, random_directions(to, generator, keep_covariance=True))
+            row |= columns("decoder_cosine_null_covariance", bootstrap_mean(null.value))
 
 
 def _add_matched(

@@ -163,3 +163,17 @@ def test_the_table_of_baselines_is_the_programs():
         lines.add(" | ".join(cells))
     found = {line.strip("| ").split(" | ", 1)[1] for line in table}
     assert found == lines
+
+
+def test_the_table_of_comparisons_is_the_benchmarks():
+    path = ROOT / "benchmarks" / "results" / "analysis.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    seconds = {(row["what"], row["method"], row.get("n_tokens")): row for row in rows}
+    streamed = seconds["correlation", "ours", 1_000_000]
+    dense = seconds["correlation", "dense", 20_000]
+    rate = f"{streamed['tokens_per_s']:,.0f} tokens/s; dense products: {dense['tokens_per_s']:.0f}"
+    assert f"L0 32 | {streamed['seconds']:.0f} | {rate} tokens/s |" in README
+    assert dense["largest_difference"] < 1e-7
+    assert f"both ways | {seconds['max_cosine', 'planted', None]['seconds']:.0f} |" in README
+    for case in ("planted", "random"):
+        assert f"{case} | {seconds['one_to_one', case, None]['seconds']:.0f} |" in README
