@@ -63,27 +63,17 @@ def main(cfg: Config) -> None:
     """Encode, compare, print, write."""
     refuse_below_one(cfg, "n_tokens", "min_firings")
 
-    import torch
     from tqdm import tqdm
 
-    from analysis.encoded import by_reading, encode, one_text
-    from analysis.similarity import compare, memory, side
+    from analysis.similarity import compare, load_sides
     from analysis.subjects import load_subjects
     from sparse_coding.errors import UserError
-    from sparse_coding.runs import check_memory
 
     subjects = load_subjects(cfg.dictionaries, cfg)
     if len(subjects) < 2:
         raise UserError(f"{len(subjects)} dictionary is named; give two or more, or a run folder")
-    one_text(subjects)
     path = results_path(cfg, "compare_dictionaries", [subject.run for subject in subjects])
-    sides = []
-    for group in by_reading(subjects):
-        encoded = encode(group, cfg.n_tokens, cfg.device)
-        sides += [side(subject, encoded, cfg.min_firings) for subject in group]
-    needed = max(memory(a, b) for a, b in itertools.combinations(sides, 2))
-    advice = "name fewer or smaller dictionaries, or raise --min-firings"
-    check_memory(needed, torch.device("cpu"), "comparing", advice)
+    sides = load_sides(subjects, cfg.n_tokens, cfg.min_firings, cfg.device)
     rows = []
     for a, b in tqdm(list(itertools.combinations(sides, 2)), desc="comparing", unit="pair"):
         rows += compare(a, b, cfg.one_to_one, cfg.seed)

@@ -253,25 +253,17 @@ def conditions(cfg: Config, depths: dict[str, int]) -> Iterator[Condition]:
 
 def compare_all(folders: list[str], depths: dict[str, int], cfg: Config) -> list[Row]:
     """A row for each pair of SAEs of each condition, in both directions unless it is a seed's."""
-    import torch
     from tqdm import tqdm
 
-    from analysis.encoded import by_reading, encode, one_text
-    from analysis.similarity import compare, memory, side
+    from analysis.similarity import compare, load_sides
     from analysis.subjects import load_subjects
-    from sparse_coding.runs import check_memory
 
     subjects = load_subjects(folders, MeasureConfig(device=cfg.device))
-    one_text(subjects)
     sides = {}
-    for group in by_reading(subjects):
-        encoded = encode(group, cfg.n_tokens, cfg.device)
-        for subject in group:
-            kind = Kind(subject.origin.lm, subject.origin.hook_name, subject.facts["ratio"])
-            sides[kind, subject.facts["seed"]] = side(subject, encoded, cfg.min_firings)
-    advice = "give smaller --ratios or raise --min-firings"
-    needed = max(memory(a, b) for a, b in itertools.product(sides.values(), repeat=2))
-    check_memory(needed, torch.device("cpu"), "comparing", advice)
+    for one in load_sides(subjects, cfg.n_tokens, cfg.min_firings, cfg.device):
+        origin, facts = one.subject.origin, one.subject.facts
+        kind = Kind(origin.lm, origin.hook_name, facts["ratio"])
+        sides[kind, facts["seed"]] = one
     rows = []
     everything = list(itertools.product(conditions(cfg, depths), range(cfg.seeds)))
     for condition, seed in tqdm(everything, desc="comparing", unit="pair"):

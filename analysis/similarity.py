@@ -4,6 +4,8 @@ Features that hardly fire have no meaning to compare: a feature takes part if it
 enough tokens of both halves of the held-out documents. The others are counted.
 """
 
+import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from analysis.encoded import Encoded, Places, pair_tokens
+from analysis.encoded import Encoded, Places, by_reading, encode, one_text, pair_tokens
 from analysis.program import Row
 from analysis.subjects import Subject
 from sparse_coding.consistency import (
@@ -24,7 +26,9 @@ from sparse_coding.consistency import (
     random_directions,
     shift,
 )
+from sparse_coding.errors import UserError
 from sparse_coding.metrics import columns
+from sparse_coding.runs import check_memory
 
 SHARES = (0.7, 0.9)
 MAX_GROUPS = 100  # of whole documents, which the jackknife leaves out; bounds its memory
@@ -40,6 +44,31 @@ class Side(NamedTuple):
     decoder: Float[Tensor, "features d_in"]
     encoder: Float[Tensor, "features d_in"] | None
     """None where the dictionary has no matrix of encoder directions."""
+
+
+def load_sides(
+    subjects: Sequence[Subject], n_tokens: int, min_firings: int, device: str
+) -> list[Side]:
+    """All dictionaries encoded on the same held-out text, language model by language model.
+
+    `UserError` if the text differs, if nothing of a dictionary takes part, or if the largest pair
+    would not fit into memory.
+    """
+    one_text(subjects)
+    sides = []
+    for group in by_reading(subjects):
+        encoded = encode(group, n_tokens, device)
+        sides += [side(subject, encoded, min_firings) for subject in group]
+    for one in sides:
+        if len(one.decoder) == 0:
+            raise UserError(
+                f"{one.subject.name} has no feature that fires on {min_firings} tokens of either "
+                "half of the documents; give more --n-tokens or a smaller --min-firings"
+            )
+    needed = max(memory(a, b) for a, b in itertools.product(sides, repeat=2))
+    advice = "name fewer or smaller dictionaries, or raise --min-firings"
+    check_memory(needed, torch.device("cpu"), "comparing", advice)
+    return sides
 
 
 def side(subject: Subject, encoded: Encoded, min_firings: int) -> Side:

@@ -22,7 +22,7 @@ from analysis.encoded import (
     visible_ends,
 )
 from analysis.program import MeasureConfig
-from analysis.similarity import compare, firing, side
+from analysis.similarity import compare, firing, load_sides, side
 from analysis.subjects import load_subjects
 from sparse_coding.errors import UserError
 from sparse_coding.sae import L1SAE
@@ -243,6 +243,8 @@ def test_what_cannot_be_compared_is_one_line(here, finished, subjects):
     assert done.stderr.strip() == (
         "error: 1 dictionary is named; give two or more, or a run folder"
     )
+    with pytest.raises(UserError, match="no feature that fires on 99999 tokens of either half"):
+        load_sides(subjects, 10**6, 99_999, "cpu")
     changed = subjects[0].origin.__class__(lm="lm", hook_name="h", text="pile")
     with pytest.raises(
         UserError, match=r"different settings of text \(pile, text.jsonl\); choose"
