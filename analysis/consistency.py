@@ -5,7 +5,8 @@
         --other-lms EleutherAI/pythia-70m EleutherAI/pythia-160m --text Elriggs/openwebtext-100k
 
 Trains the SAEs that are missing (easy_training_base.py; a finished run is never trained again) and
-compares them as analysis.compare_dictionaries does, under these conditions:
+compares them as analysis.compare_dictionaries does, in 24 minutes on two CPU cores, under these
+conditions:
 
 - seed: SAEs that differ in the seed of their initial weights alone, at each ratio;
 - ratio: of each feature of one ratio the most similar one of another ratio, and of another seed,
