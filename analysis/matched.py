@@ -80,26 +80,29 @@ class Families:
                 "has_converged": self.ica.has_converged,
             }
 
-    def of_size(self, d_sae: int, k: int) -> dict[str, Dictionary]:
-        """The families by name.
+    def of_size(
+        self, d_sae: int, k: int, seed: int | None = None, names: Sequence[str] = ()
+    ) -> dict[str, Dictionary]:
+        """The families by name, or some of them; with another `seed` random ones are others.
 
         Bases are as wide as x. Random directions are as many as an SAE of `d_sae` features has
         signed ones; `pca_leading` is the k axes of the largest variance for all tokens.
         """
         data, n = self.data, d_sae // 2
+
+        def draw() -> torch.Generator:
+            return torch.Generator().manual_seed(self.seed if seed is None else seed)
+
         make: dict[str, Callable[[], Dictionary]] = {
             "pca": lambda: pca(data),
             "pca_leading": lambda: pca(data, k),
             "ica": lambda: self.ica.dictionary,
             "neuron_basis": lambda: neuron_basis(data.mean),
-            "random_rotation": lambda: random_rotation(data.mean, self.generator()),
-            "random_directions": lambda: random_directions(data.mean, n, self.generator()),
-            "whitened_random": lambda: whitened_random_directions(data, n, self.generator()),
+            "random_rotation": lambda: random_rotation(data.mean, draw()),
+            "random_directions": lambda: random_directions(data.mean, n, draw()),
+            "whitened_random": lambda: whitened_random_directions(data, n, draw()),
         }
-        return {name: make[name]().to(self.device) for name in self.names}
-
-    def generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed(self.seed)
+        return {name: make[name]().to(self.device) for name in names or self.names}
 
 
 class Entry(NamedTuple):

@@ -4,6 +4,7 @@ Imported before the command line is read, so nothing heavy is imported here.
 """
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -93,6 +94,11 @@ def write_results(path: Path, cfg: Any, rows: Sequence[Row], device: str, **more
     content = {"config": config | more, "environment": environment(device), "rows": list(rows)}
     write_json(path, content)
     print(f"written: {path}")
+
+
+def finite(value: float) -> float | None:
+    """A value of a results row: None for what is undefined (0 / 0) or infinite."""
+    return value if math.isfinite(value) else None
 
 
 def print_table(title: str, rows: Sequence[Row], columns: dict[str, str], note: str = "") -> None:

@@ -78,7 +78,10 @@ class PerTokenTopK(Dictionary):
         return self.dictionary.W_dec
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        f = self.dictionary.encode(x)
+        return self.cut(self.dictionary.encode(x))
+
+    def cut(self, f: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
+        """`encode` of what the other dictionary has encoded as f."""
         kept = keep_largest(f.abs() * self.W_dec.norm(dim=1), self.k) > 0
         return self.gain * f * kept
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy.special import stdtrit
+from scipy.special import ndtri, stdtrit
 from torch import Tensor
 
 from sparse_coding.dictionary import Dictionary
@@ -30,6 +30,16 @@ def t_interval(values: Sequence[float]) -> Interval:
     n, mean = len(values), statistics.fmean(values)
     half = float(stdtrit(n - 1, 0.975)) * statistics.stdev(values) / math.sqrt(n)
     return Interval(mean, mean - half, mean + half)
+
+
+def share_interval(n_hits: int, n: int) -> Interval:
+    """A share of n independent trials with Wilson's score interval (1927); nan for none."""
+    if n == 0:
+        return Interval(math.nan, math.nan, math.nan)
+    z = float(ndtri(0.975))
+    centre = (n_hits + z * z / 2) / (n + z * z)
+    half = z / (n + z * z) * math.sqrt(n_hits * (n - n_hits) / n + z * z / 4)
+    return Interval(n_hits / n, max(0.0, centre - half), min(1.0, centre + half))
 
 
 def columns(name: str, estimate: Interval) -> dict[str, float | None]:

@@ -26,10 +26,10 @@ FLOORS = {
     0: "config dictionary errors storage",
     # mathematics and arrays
     1: """sae saes l0_controller dead_features baselines toy kernels metrics polysemanticity
-        consistency sources cache""",
+        unit_activity token_information probing consistency sources cache""",
     # foreign worlds: language models, texts, other libraries' names
     2: """harvest models builtin_text text_files text splice examples formats concepts
-        concept_sources token_tags""",
+        concept_sources token_tags descriptions judge""",
     # a run: what trains, measures, keeps and tells
     3: "training checkpoint distributed evaluation runs reporting",
     # programs
