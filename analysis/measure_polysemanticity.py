@@ -17,7 +17,10 @@ write most, k the SAE's L0) and `native` (as it fires). Rows of `what`:
 - detail: the same at the primary rate: AUROC, average precision, precision, recall and F1 of the
   concept chosen on A; information with it; token_entropy, token_purity; beyond_token, what firing
   says of the concept where the token is known; purity from the weakest tenth of firings (1) to the
-  strongest (10);
+  strongest (10); n_eff_percentiles, of its units;
+- family effect, effect: what next-token distributions lose when a unit is taken out where it
+  fires: kl in nats per firing, kl_random the same along a random direction; n_eff_effect, the
+  effective number of concepts of the mean effect (in two documents of each, not corrected);
 - contrast: SAEs minus a family in one condition, from the same draws of documents;
 - unit: one unit at the primary rate.
 
@@ -81,9 +84,11 @@ class Config:
     """Units sampled of each dictionary."""
     n_draws: int = 1000
     """Bootstrap draws of the documents."""
+    n_effects: int = 8
+    """Units of each dictionary's first seed that are taken out of the model; 0: none."""
     n_tokens_train: int = 0
     """Activations that controls and bases learn from; 0: as many as the run's SAEs."""
-    n_tokens_ica: int = 20_000
+    n_tokens_ica: int = 10_000
     """Of them, how many ICA sees."""
     ica_iterations: int = 200
     """ICA stops here at the latest."""
@@ -113,6 +118,10 @@ TABLE = {
 DETAILS = {
     "family": "{}", "ratio": "{}", "auroc": "{:.3f}", "precision": "{:.2f}", "recall": "{:.2f}",
     "token_purity": "{:.2f}", "beyond_token": "{:.3f}",
+}  # fmt: skip
+EFFECTS = {
+    "family": "{}", "ratio": "{}", "n_units": "{}", "kl": "{:.4f}", "kl_random": "{:.4f}",
+    "n_eff_effect": "{:.2f}", "n_concepts_fired": "{:.1f}",
 }  # fmt: skip
 CONTRASTS = {
     "family": "{}", "ratio": "{}", "condition": "{}", "n_eff_difference": "{:+.2f}",
@@ -165,38 +174,80 @@ def measure(
     import torch
     from tqdm import tqdm
 
-    from analysis.unit_scores import concentration, detail_row, details, relabelled
+    from analysis.unit_effects import effect_row
+    from analysis.unit_scores import detail_row, percentiles
     from analysis.units import choose_units, observe
 
     first = group[0]
     facts = {"family": first.name, "ratio": first.facts["ratio"]}
-    labels = first.reading.heldout.labels
-    # the same draws of documents for every family
+    labels = first.reading.heldout.labels  # and of them the same draws for every family
     weights = labels.draws(cfg.n_draws, torch.Generator().manual_seed(cfg.seed))
     generator = torch.Generator().manual_seed(cfg.seed)
-    found: dict[str, list] = {name: [] for name in conditions.names}
-    nulls: dict[str, list] = {name: [] for name in conditions.names}
-    of_units, rows = [], []
-    primary = conditions.names.index(str(cfg.rate))
+    found: dict[str, list[Concentration]] = {name: [] for name in conditions.names}
+    nulls: dict[str, list[Null]] = {name: [] for name in conditions.names}
+    of_units, effects, rows = [], [], []
     for family in tqdm(group, desc=f"{first.name} {facts['ratio'] or ''}".strip(), unit="seed"):
         units = choose_units(family.dictionary.d_sae, cfg.n_units, cfg.seed)
         seen = observe(family, units, conditions)
-        for i, name in enumerate(conditions.names):
-            active, mass = seen.heldout.active[i], seen.heldout.mass[i]
-            found[name].append(concentration(active, mass, labels, weights))
-            n_draws = cfg.n_draws if i == primary else 0
-            nulls[name].append(relabelled(active, mass, labels, generator, n_draws))
+        concentrations(cfg, conditions, seen, labels, weights, found, nulls)
         one = found[str(cfg.rate)][-1]
         if len(one.units):
-            of_units.append(details(family, seen, one, primary, cfg.seed))
-            rows += unit_rows(family, seen, one, of_units[-1], facts | {"rate": cfg.rate})
+            more, new = unit_details(cfg, conditions, family, seen, one, facts)
+            of_units.append(more)
+            rows += new
+            if family is first:
+                effects = unit_effects(cfg, conditions, family, seen, one)
     measured = Measured(facts, {}, {}, {})
     for name in conditions.names:
         rows.append(summarise(cfg, measured, name, found[name], nulls[name], labels))
     if of_units:
         detail = detail_row(of_units, cfg.n_draws, generator)
+        detail["n_eff_percentiles"] = percentiles(measured.units[str(cfg.rate)])
         rows.append(facts | {"what": "detail", "rate": cfg.rate} | detail)
-    return measured, rows
+    if effects:
+        rows.append(facts | {"what": "family effect", "rate": cfg.rate} | effect_row(effects))
+    return measured, rows + effects
+
+
+def concentrations(
+    cfg: Config, conditions: "Conditions", seen: "Observed", labels: "Labelled",
+    weights: "Tensor", found: "dict[str, list[Concentration]]", nulls: "dict[str, list[Null]]",
+) -> None:  # fmt: skip
+    """One seed's in every condition, and their nulls, added to `found` and `nulls`."""
+    import torch
+
+    from analysis.unit_scores import concentration, relabelled
+
+    generator = torch.Generator().manual_seed(cfg.seed + 1)
+    for i, name in enumerate(conditions.names):
+        active, mass = seen.heldout.active[i], seen.heldout.mass[i]
+        found[name].append(concentration(active, mass, labels, weights))
+        n_draws = cfg.n_draws if name == str(cfg.rate) else 0
+        nulls[name].append(relabelled(active, mass, labels, generator, n_draws))
+
+
+def unit_details(
+    cfg: Config, conditions: "Conditions", family: "Family", seen: "Observed",
+    found: "Concentration", facts: Row,
+) -> "tuple[Details, list[Row]]":  # fmt: skip
+    """More of one seed's units at the primary rate, and a row for each."""
+    from analysis.unit_scores import details
+
+    primary = conditions.names.index(str(cfg.rate))
+    more = details(family, seen, found, primary, cfg.seed)
+    return more, unit_rows(family, seen, found, more, facts | {"rate": cfg.rate})
+
+
+def unit_effects(
+    cfg: Config, conditions: "Conditions", family: "Family", seen: "Observed",
+    found: "Concentration",
+) -> list[Row]:  # fmt: skip
+    """Rows of the units that are taken out of the model."""
+    from analysis.unit_effects import family_effects
+
+    primary = conditions.names.index(str(cfg.rate))
+    rows = family_effects(family, seen, found, primary, cfg.n_effects, cfg.seed)
+    return [row | {"what": "effect", "rate": cfg.rate} for row in rows]
 
 
 def summarise(
@@ -288,6 +339,8 @@ def show(cfg: Config, conditions: "Conditions", rows: list[Row]) -> None:
         print_table(title, some, TABLE, note)
     details = [row for row in rows if row["what"] == "detail"]
     print_table(f"each unit's concept, chosen on sources A, rate {cfg.rate}", details, DETAILS)
+    effects = [row for row in rows if row["what"] == "family effect"]
+    print_table("units taken out where they fire", effects, EFFECTS)
     some = [row for row in rows if row["what"] == "contrast"]
     some = [row for row in some if row["condition"] == str(cfg.rate)]
     print_table("SAEs minus others", some, CONTRASTS)

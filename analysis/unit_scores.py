@@ -250,6 +250,12 @@ def contrast_row(
     }
 
 
+def percentiles(values: Float64[Tensor, " units"]) -> list[float]:
+    """The 0th to the 100th, to three digits."""
+    levels = torch.linspace(0, 1, 101, dtype=values.dtype)
+    return [round(value, 3) for value in values.quantile(levels).tolist()]
+
+
 def detail_row(seeds: Sequence[Details], n_draws: int, generator: torch.Generator) -> Row:
     """Means over units, intervals from seeds and units."""
     named = {

@@ -71,7 +71,7 @@ class ConceptReading:
         n_skipped: int = SKIPPED,
     ) -> None:  # fmt: skip
         self.lm, self.corpus, self.hooks = material.lm, corpus, list(hooks)
-        batches = concept_contexts(corpus, self.lm.tokenizer, material.origin.bos, n_skipped)
+        self.batches = concept_contexts(corpus, self.lm.tokenizer, material.origin.bos, n_skipped)
         width = sum(hook_width(self.lm, hook) for hook in self.hooks)
         n_bytes = corpus.tokens.numel() * width * self.lm.dtype.itemsize
         advice = "ask for fewer --n-documents or --n-tokens"
@@ -80,7 +80,7 @@ class ConceptReading:
         hook = material.origin.hook_name
         acts: dict[str, list[Tensor]] = {name: [] for name in self.hooks}
         document, token, position = [], [], []
-        for batch in tqdm(batches, desc=f"concepts, {self.lm.name}", unit="batch"):
+        for batch in tqdm(self.batches, desc=f"concepts, {self.lm.name}", unit="batch"):
             seen = activations(self.lm, batch.tokens, self.hooks)
             keep = kept_rows(seen[hook], batch.valid.to(seen[hook].device), self.max_norm)
             for name, x in seen.items():
@@ -93,6 +93,12 @@ class ConceptReading:
         self.acts = {name: torch.cat(parts) for name, parts in acts.items()}
         self.document, self.token = torch.cat(document), torch.cat(token)
         self.position = torch.cat(position)
+
+    def contexts_of(self, documents: Int[Tensor, " documents"]) -> TokenBatch:
+        """Contexts of these documents of the corpus."""
+        return TokenBatch(
+            *(torch.cat(part)[documents] for part in zip(*self.batches, strict=True))
+        )
 
     @cached_property
     def choosing(self) -> Split:

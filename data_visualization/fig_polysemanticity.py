@@ -70,7 +70,7 @@ def draw(rows: list[Row]) -> Figure:
             draw_families(ax, shown, measure, labels)
         grid[0, 1].set_yticklabels([])
         draw_rates(grid[1, 0], families)
-        draw_distributions(grid[1, 1], rows, labels)
+        draw_distributions(grid[1, 1], rows)
         caption(figure, small_print(families, shown, primary))
     return figure
 
@@ -122,27 +122,29 @@ def draw_rates(ax: Axes, rows: list[Row]) -> None:
                 x, [row["n_eff_low"] for row in line], [row["n_eff_high"] for row in line],
                 color=colour(line[0]), alpha=0.15, linewidth=0, label="_interval",
             )  # fmt: skip
+    rates = sorted({100 * float(row["condition"]) for row in rows if is_number(row["condition"])})
     ax.set_xscale("log")
-    ax.xaxis.set_major_formatter("{x:g}")
+    ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    ax.set_xticks([], minor=True)
+    low, high = ax.get_ylim()
+    ax.set_ylim(low, high + 0.35 * (high - low))  # room for the legend
     ax.set_xlabel("tokens that a unit fires on, %")
     ax.set_ylabel(MEASURES["n_eff"])
-    ax.legend(loc="best", fontsize=6.5)
+    ax.legend(loc="upper left", fontsize=6.5, ncols=2)
 
 
 def is_number(text: str) -> bool:
     return text.replace(".", "", 1).replace("e-", "", 1).isdigit()
 
 
-def draw_distributions(ax: Axes, rows: list[Row], labels: list[str]) -> None:
+def draw_distributions(ax: Axes, rows: list[Row]) -> None:
     """Share of units with at most so many effective concepts, all seeds together."""
-    units = [row for row in rows if row.get("what") == "unit"]
-    for name in labels:
-        some = [row for row in units if label(row) == name]
-        if some and some[0]["family"] in HIGHLIGHTED:
-            values = sorted(row["n_eff"] for row in some)
-            share = [(i + 1) / len(values) for i in range(len(values))]
-            style = "--" if some[0]["family"] == "random_directions" else "-"
-            ax.plot(values, share, style, color=colour(some[0]), label=f"_{name}")
+    for row in sorted((row for row in rows if row.get("what") == "detail"), key=place):
+        if row["family"] in HIGHLIGHTED:
+            values = row["n_eff_percentiles"]
+            share = [i / (len(values) - 1) for i in range(len(values))]
+            style = "--" if row["family"] == "random_directions" else "-"
+            ax.plot(values, share, style, color=colour(row), label=f"_{label(row)}")
     ax.set_xlim(1, None)
     ax.set_ylim(0, 1)
     ax.set_xlabel(MEASURES["n_eff"])

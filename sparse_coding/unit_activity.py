@@ -20,6 +20,7 @@ from sparse_coding.errors import UserError
 from sparse_coding.kernels.cpu_loops import compiled, compiled_parallel
 
 ROWS_AT_ONCE = 2048
+MAX_EXCESS = 1.25  # of a unit's rate over the one that was asked for, or below it
 UNIT_BLOCK = 32  # units of one thread's turn
 
 Activations = Iterable[Float[Tensor, "rows units"]]
@@ -39,7 +40,9 @@ def rate_thresholds(
 ) -> Float[Tensor, "rates units"]:
     """Thresholds above which each unit is active on a share `rates` of the `n_rows` rows.
 
-    nan where a unit is not active (above 0) on so many. Holds the largest values alone.
+    Rows of equal activation (a model in bfloat16 has many) are all above or none, whichever is
+    nearer to the rate. nan where a unit is not above 0 on so many rows, or where so many rows are
+    equal that no threshold is near. Holds the largest values alone.
     """
     n_above = [math.floor(rate * n_rows) for rate in rates]
     if min(n_above) < 1 or max(rates) >= 1:
@@ -47,7 +50,7 @@ def rate_thresholds(
             f"rates {', '.join(map(str, rates))} of {n_rows:,} tokens: each must be below 1 and "
             "leave at least one token"
         )
-    keep = max(n_above) + 1  # the threshold itself is the largest value that is not above it
+    keep = math.ceil(MAX_EXCESS * max(n_above)) + 1
     largest, waiting, n_waiting = None, [], 0
     for part in parts:
         waiting.append(part.T)
@@ -57,12 +60,23 @@ def rate_thresholds(
             waiting, n_waiting = [], 0
     if waiting:
         largest = _largest(largest, waiting, keep)
-    found = []
-    for n in n_above:
-        threshold = largest[:, n] if n < largest.shape[1] else largest.new_zeros(len(largest))
-        is_reached = largest[:, n - 1] > threshold.clamp_min(0)
-        found.append(torch.where(is_reached, threshold.clamp_min(0), torch.nan))
-    return torch.stack(found)
+    return torch.stack([_threshold(largest, n) for n in n_above])
+
+
+def _threshold(largest: Float[Tensor, "units kept"], n: int) -> Float[Tensor, " units"]:
+    """Above which about n values are; `largest` are each unit's, sorted."""
+    if n > largest.shape[1]:
+        return torch.full_like(largest[:, 0], torch.nan)
+    value = largest[:, n - 1]
+    n_greater = (largest > value[:, None]).sum(dim=1)
+    n_with = (largest >= value[:, None]).sum(dim=1)
+    next_lower = torch.where(largest < value[:, None], largest, -torch.inf).amax(dim=1)
+    n_with = torch.where(next_lower.isfinite(), n_with, 2 * largest.shape[1])  # not all are seen
+    includes = n_with - n <= n - n_greater
+    threshold = torch.where(includes, next_lower.clamp_min(0), value)
+    n_found = torch.where(includes, n_with, n_greater)
+    is_near = (n_found <= MAX_EXCESS * n) & (n_found >= n / MAX_EXCESS)
+    return torch.where((value > 0) & is_near, threshold, torch.nan)
 
 
 def _largest(

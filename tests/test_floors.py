@@ -26,10 +26,10 @@ FLOORS = {
     0: "config dictionary errors storage",
     # mathematics and arrays
     1: """sae saes l0_controller dead_features baselines toy kernels metrics polysemanticity
-        unit_activity token_information probing consistency sources cache""",
+        unit_activity token_information context_clusters probing consistency sources cache""",
     # foreign worlds: language models, texts, other libraries' names
     2: """harvest models builtin_text text_files text splice examples formats concepts
-        concept_sources token_tags descriptions judge""",
+        concept_sources token_tags descriptions intruders judge""",
     # a run: what trains, measures, keeps and tells
     3: "training checkpoint distributed evaluation runs reporting",
     # programs
@@ -40,7 +40,7 @@ FLOOR = {unit: floor for floor, units in FLOORS.items() for unit in units.split(
 # The only units that may import a package.
 HOMES = {
     "transformer_lens": {"models", "harvest", "splice", "examples"},
-    "sklearn": {"baselines", "polysemanticity", "consistency"},
+    "sklearn": {"baselines", "probing", "intruders", "context_clusters"},
     "matplotlib": {"data_visualization"},
 }
 # An import of one of these is a pickle, or reads or writes one.

@@ -177,3 +177,37 @@ def test_the_table_of_comparisons_is_the_benchmarks():
     assert f"both ways | {seconds['max_cosine', 'planted', None]['seconds']:.0f} |" in README
     for case in ("planted", "random"):
         assert f"{case} | {seconds['one_to_one', case, None]['seconds']:.0f} |" in README
+
+
+def test_the_tables_of_polysemanticity_are_the_programs():
+    section = README.split("### For how many concepts")[1].split("\n### ")[0]
+    found = [line for line in section.splitlines() if line.startswith("| ")]
+    measured = published("polysemanticity")
+    contrasts = {
+        (row["family"], row["ratio"]): with_interval(row, "n_eff_difference", "{:+.2f}")
+        for row in measured
+        if row["what"] == "contrast" and row["condition"] == "0.003"
+    }
+    lines = set()
+    for row in measured:
+        if row["what"] == "family" and row["condition"] == "0.003":
+            cells = [f"{row['n_units']:,} of {row['n_sampled']:,}"]
+            cells += [with_interval(row, "n_eff", "{:.2f}")]
+            cells += [contrasts.get((row["family"], row["ratio"]), "-")]
+            lines.add(" | ".join([*cells, with_interval(row, "polysemantic", "{:.2f}")]))
+    families = {line.strip("| ").split(" | ", 1)[1] for line in found if " of " in line[:40]}
+    assert {line for line in families if line[0].isdigit()} == lines
+
+    for row in published("validate_polysemanticity"):
+        value = with_interval(row, "value", "{:.3f}")
+        cells = [row["check"], row["of"], value, row["limit"], f"{row['n']:,}"]
+        assert f"| {' | '.join(cells)} |" in found
+
+    names = ("citations", "dialogue", "http", "korean")
+    units = {
+        " | ".join(f"{row[f'share_{name}']:.0%}" for name in names) + f" | {row['n_eff']:.1f}"
+        for row in published("find_units")
+        if row["what"] == "unit"
+    }
+    shown = [line.strip("| ").split(" | ", 1)[1] for line in found if line.count("%") == 4]
+    assert len(shown) == 6 and set(shown) <= units

@@ -45,6 +45,24 @@ def test_thresholds_leave_exactly_the_rate(acts):
     assert found[:, 2].isnan().all() and found[:, 3].isnan().all()
 
 
+def test_of_equal_activations_all_fire_or_none(acts):
+    """Numbers of few digits, as in bfloat16: the rate is met as nearly as can be."""
+    rounded = (acts * 8).round() / 8
+    rates = (0.01, 0.1, 0.2)
+    found = rate_thresholds(parts(rounded), N_ROWS, rates)
+    for rate, row in zip(rates, found, strict=True):
+        fires = (rounded > row).sum(dim=0)
+        for unit in (0, 4, 69):
+            values = rounded[:, unit].unique()
+            possible = [(rounded[:, unit] > v).sum().item() for v in values]
+            nearest = min(possible, key=lambda n: abs(n - rate * N_ROWS))
+            if row[unit].isnan():
+                assert not 0.8 * rate * N_ROWS <= nearest <= 1.25 * rate * N_ROWS
+            else:
+                assert abs(fires[unit] - rate * N_ROWS) == abs(nearest - rate * N_ROWS)
+    assert found[1:, [0, 4, 69]].isfinite().all()
+
+
 def test_thresholds_are_never_negative(acts):
     negative = -acts[:, :1].abs() - 1
     assert rate_thresholds([negative], N_ROWS, (0.1,)).isnan().all()
