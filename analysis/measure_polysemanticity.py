@@ -182,7 +182,6 @@ def measure(
     facts = {"family": first.name, "ratio": first.facts["ratio"]}
     labels = first.reading.heldout.labels  # and of them the same draws for every family
     weights = labels.draws(cfg.n_draws, torch.Generator().manual_seed(cfg.seed))
-    generator = torch.Generator().manual_seed(cfg.seed)
     found: dict[str, list[Concentration]] = {name: [] for name in conditions.names}
     nulls: dict[str, list[Null]] = {name: [] for name in conditions.names}
     of_units, effects, rows = [], [], []
@@ -201,11 +200,11 @@ def measure(
     for name in conditions.names:
         rows.append(summarise(cfg, measured, name, found[name], nulls[name], labels))
     if of_units:
-        detail = detail_row(of_units, cfg.n_draws, generator)
+        detail = detail_row(of_units, cfg.n_draws, torch.Generator().manual_seed(cfg.seed))
         detail["n_eff_percentiles"] = percentiles(measured.units[str(cfg.rate)])
         rows.append(facts | {"what": "detail", "rate": cfg.rate} | detail)
     if effects:
-        rows.append(facts | {"what": "family effect", "rate": cfg.rate} | effect_row(effects))
+        effects.append({"what": "family effect", "rate": cfg.rate, **facts, **effect_row(effects)})
     return measured, rows + effects
 
 
