@@ -211,3 +211,17 @@ def test_the_tables_of_polysemanticity_are_the_programs():
     }
     shown = [line.strip("| ").split(" | ", 1)[1] for line in found if line.count("%") == 4]
     assert len(shown) == 6 and set(shown) <= units
+
+
+def test_the_table_of_saebench_is_the_benchmarks():
+    path = ROOT / "benchmarks" / "results" / "saebench.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    for row in rows:
+        if row["what"] == "metric":
+            values = (row["value_ours"], row["value_theirs"])
+            cells = [row["ours"], row["theirs"], *(f"{value:,.4g}" for value in values)]
+            why = "" if row["agrees"] else row["why"]
+            assert f"| {' | '.join(cells)} | {why} |" in README
+            assert not row["agrees"] or abs(row["relative_difference"]) < 1e-5
+    ours, theirs = (row["s"] for row in rows if row["what"] == "speed")
+    assert f"{ours:.0f} s and theirs {theirs:.0f} s ({theirs / ours:.2f} times" in README
