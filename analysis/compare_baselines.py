@@ -25,6 +25,7 @@ from analysis.program import (
     Row,
     print_table,
     refuse_below_one,
+    refuse_no_run,
     results_path,
     run_program,
     write_results,
@@ -88,8 +89,7 @@ TABLE = {
 def main(cfg: Config) -> None:
     """Fit and train, measure, print, write."""
     refuse_below_one(cfg, "n_tokens", "n_tokens_ce", "n_tokens_ica", "ica_iterations")
-    if not (cfg.run / "config.json").is_file():
-        raise UserError(f"{cfg.run} is no run's folder: it holds no config.json")
+    refuse_no_run(cfg.run)
 
     from analysis.subjects import Material, by_origin, load_subjects
 

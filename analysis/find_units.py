@@ -9,27 +9,26 @@ concept in which they are lifted least, and for each concept the feature is chos
 best; what is shown of them is measured on sources B. As many random directions as neurons are
 searched in the same way: how good the best of so many must be by chance. Rows of `what`:
 
-- unit: share_CONCEPT, the share of its firings in each named concept; lift_CONCEPT, its rate there
-  over that in all else (none where it fires nowhere else), with a one-sided 95 % bound;
-  auroc_CONCEPT of the document's largest activation; n_eff; `role`: "several" (one unit for all)
-  or the concept that it was found for;
+- unit (from the number of directions on, their negative halves): share_CONCEPT, the share of its
+  firings in each named concept; lift_CONCEPT, its rate there over that in all else (none where it
+  fires nowhere else), with a one-sided 95 % bound; auroc_CONCEPT of the document's largest
+  activation; n_eff; `role`: "several" (one unit for all) or the concept that it was found for;
 - context: the text around its largest activations in a document of each concept.
 
 Writes results/find_units.json.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import tyro
+from typing import TYPE_CHECKING
 
 from analysis.program import (
+    ConceptConfig,
     MeasureConfig,
     Row,
     finite,
     print_table,
     refuse_below_one,
+    refuse_no_run,
     results_path,
     run_program,
     write_results,
@@ -49,11 +48,9 @@ WINDOW = 12  # tokens before the largest activation in a context; half as many a
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ConceptConfig):
     """What is looked for, and where."""
 
-    run: Annotated[Path, tyro.conf.Positional]
-    """A finished run's folder."""
     concepts: tuple[str, ...] = ("citations", "dialogue", "http", "korean")
     """Two or more concepts; the others of the corpus are what they are compared with."""
     ratio: int = 0
@@ -62,20 +59,8 @@ class Config:
     """Share of all tokens on which every unit fires."""
     n_show: int = 5
     """Neurons of each family that are shown."""
-    n_documents: int = 200
-    """Documents of each concept and source."""
-    n_tokens: int = 64
-    """Tokens of a document."""
-    n_draws: int = 1000
-    """Bootstrap draws of the documents."""
     seed: int = 0
     """Of random directions and draws."""
-    device: str = "auto"
-    """auto (CUDA, then MPS, then CPU) or a torch device."""
-    output: Path | None = None
-    """Results file; by default results/find_units.json in the run."""
-    overwrite: bool = False
-    """Replace the results file if it exists."""
 
 
 def main(cfg: Config) -> None:
@@ -83,8 +68,7 @@ def main(cfg: Config) -> None:
     refuse_below_one(cfg, "n_show", "n_documents", "n_draws")
     if len(set(cfg.concepts)) < 2:
         raise UserError("name two or more different --concepts")
-    if not (cfg.run / "config.json").is_file():
-        raise UserError(f"{cfg.run} is no run's folder: it holds no config.json")
+    refuse_no_run(cfg.run)
     path = results_path(cfg, "find_units", [cfg.run])
 
     from tqdm import tqdm

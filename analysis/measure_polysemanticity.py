@@ -29,15 +29,14 @@ trained on first use and kept in RUN/controls. Writes results/polysemanticity.js
 """
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
-
-import tyro
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from analysis.program import (
+    ConceptConfig,
     Row,
     print_table,
     refuse_below_one,
+    refuse_no_run,
     results_path,
     run_program,
     write_results,
@@ -57,11 +56,9 @@ CONTROLS = ("frozen_decoder", "untrained")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ConceptConfig):
     """Which units, on which documents, at which rates."""
 
-    run: Annotated[Path, tyro.conf.Positional]
-    """A finished run's folder, best one with several seeds."""
     ratio: int = 0
     """Of the SAEs that families are set against and that have controls; 0: the nearest to 4."""
     families: tuple[Literal[("mlp_neurons", *CONTROLS, *BASES, *DRAWN)], ...] = (
@@ -76,14 +73,8 @@ class Config:
     """All firing rates that families are compared at."""
     concepts: tuple[str, ...] = ()
     """Names of concepts; none: all."""
-    n_documents: int = 200
-    """Documents of each concept and source."""
-    n_tokens: int = 64
-    """Tokens of a document."""
     n_units: int = 300
     """Units sampled of each dictionary."""
-    n_draws: int = 1000
-    """Bootstrap draws of the documents."""
     n_effects: int = 8
     """Units of each dictionary's first seed that are taken out of the model; 0: none."""
     n_tokens_train: int = 0
@@ -94,12 +85,6 @@ class Config:
     """ICA stops here at the latest."""
     seed: int = 0
     """Of samples of units, draws, and the first of three seeds of random directions."""
-    device: str = "auto"
-    """auto (CUDA, then MPS, then CPU) or a torch device."""
-    output: Path | None = None
-    """Results file; by default results/polysemanticity.json in the run."""
-    overwrite: bool = False
-    """Replace the results file if it exists."""
 
 
 TABLE = {
@@ -132,8 +117,7 @@ CONTRASTS = {
 def main(cfg: Config) -> None:
     """Read the corpus, measure family by family, print, write."""
     refuse_below_one(cfg, "n_documents", "n_units", "n_draws", "n_tokens_ica", "ica_iterations")
-    if not (cfg.run / "config.json").is_file():
-        raise UserError(f"{cfg.run} is no run's folder: it holds no config.json")
+    refuse_no_run(cfg.run)
     if cfg.rate not in cfg.rates:
         raise UserError(
             f"--rate {cfg.rate} is not one of --rates {', '.join(map(str, cfg.rates))}"

@@ -32,16 +32,15 @@ within concepts; seed "all": Student's t over seeds. Writes results/probe_concep
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
-
-import tyro
+from typing import TYPE_CHECKING, Literal
 
 from analysis.program import (
+    ConceptConfig,
     MeasureConfig,
     Row,
     print_table,
     refuse_below_one,
+    refuse_no_run,
     results_path,
     run_program,
     write_results,
@@ -61,11 +60,9 @@ FITTED = (RANDOM, "neuron_basis", "pca")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ConceptConfig):
     """Which features are probed, on which documents."""
 
-    run: Annotated[Path, tyro.conf.Positional]
-    """A finished run's folder, best one with several ratios and seeds."""
     ratios: tuple[int, ...] = ()
     """Of the run's SAEs only those of these ratios; empty: all."""
     families: tuple[Literal[("untrained", *FITTED, "mlp_neurons")], ...] = (
@@ -76,22 +73,10 @@ class Config:
     """Numbers of features that a probe reads."""
     concepts: tuple[str, ...] = ()
     """Names of concepts; none: all."""
-    n_documents: int = 200
-    """Documents of each concept and source."""
-    n_tokens: int = 64
-    """Tokens of a document."""
-    n_draws: int = 1000
-    """Bootstrap draws of the documents."""
     n_tokens_train: int = 0
     """Activations that controls and PCA learn from; 0: as many as the run's SAEs."""
     seed: int = 0
     """Of random directions, shuffled labels and draws."""
-    device: str = "auto"
-    """auto (CUDA, then MPS, then CPU) or a torch device."""
-    output: Path | None = None
-    """Results file; by default results/probe_concepts.json in the run."""
-    overwrite: bool = False
-    """Replace the results file if it exists."""
 
 
 FACTS = {"family": "{}", "ratio": "{}", "seed": "{}"}
@@ -116,8 +101,7 @@ TABLES = {
 def main(cfg: Config) -> None:
     """Read the corpus, probe family by family, print, write."""
     refuse_below_one(cfg, "n_draws")
-    if not (cfg.run / "config.json").is_file():
-        raise UserError(f"{cfg.run} is no run's folder: it holds no config.json")
+    refuse_no_run(cfg.run)
     if cfg.n_documents < MIN_DOCUMENTS:
         raise UserError(
             f"--n-documents {cfg.n_documents} leave nothing to cross-validate with; give "

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -55,6 +55,26 @@ class MeasureConfig:
     """Replace the results file if it exists."""
 
 
+@dataclass(frozen=True)
+class ConceptConfig:
+    """What the programs share that read the concept corpus with a run's language model."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """A finished run's folder, best one with several ratios and seeds."""
+    n_documents: int = 200
+    """Documents of each concept and source."""
+    n_tokens: int = 64
+    """Tokens of a document."""
+    n_draws: int = 1000
+    """Bootstrap draws of the documents."""
+    device: str = "auto"
+    """auto (CUDA, then MPS, then CPU) or a torch device."""
+    output: Path | None = None
+    """Results file; by default results/PROGRAM.json in the run."""
+    overwrite: bool = False
+    """Replace the results file if it exists."""
+
+
 Config = TypeVar("Config")
 
 
@@ -75,7 +95,13 @@ def refuse_below_one(cfg: Any, *fields: str) -> None:
             )
 
 
-def results_path(cfg: MeasureConfig, program: str, runs: Iterable[Path | None]) -> Path:
+def refuse_no_run(folder: Path) -> None:
+    """`UserError` if this is no run's folder."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is no run's folder: it holds no config.json")
+
+
+def results_path(cfg: Any, program: str, runs: Iterable[Path | None]) -> Path:
     """Where the results will be written; an existing file is refused without --overwrite.
 
     `runs` are the run folders that the dictionaries belong to (None: no run).

@@ -122,9 +122,12 @@ def test_intruder_rows_count_their_trials(results):
 
 
 def test_the_same_command_gives_the_same_rows(place, sae, results):
-    done = interpret(place, sae, "--output", "again.json")
+    done = interpret(place, sae, "--output", "interpreted_again.json")
     assert done.returncode == 0, done.stderr
-    assert read_json(place / "again.json")["rows"] == read_json(place / "plain.json")["rows"]
+    assert (
+        read_json(place / "interpreted_again.json")["rows"]
+        == read_json(place / "plain.json")["rows"]
+    )
 
 
 JUDGED = "--judge-model stub --judge-units 1 --judge-contexts 8 --families random_directions"

@@ -11,10 +11,11 @@ from analysis import validate_polysemanticity as validate
 from analysis.find_units import least_lift
 from analysis.unit_scores import Mean, mean_over_seeds
 from analysis.units import concept_contexts
-from data_visualization import fig_polysemanticity
+from data_visualization import fig_find_units, fig_polysemanticity
 from sparse_coding import polysemanticity
 from sparse_coding.models import load_lm
 
+FOUR = ("citations", "dialogue", "http", "korean")
 SMALL = (
     "outputs/runs/whole --n-documents 60 --n-tokens 24 --device cpu --n-draws 60 --concepts "
     "citations dialogue http korean"
@@ -277,7 +278,7 @@ def test_found_units_are_shown_with_their_contexts(searched):
     roles = [(row["family"], row["role"]) for row in units]
     for family in ("mlp_neurons", "neuron_basis", "random_directions", "sae"):
         assert roles.count((family, "several")) == 2
-    names = ("citations", "dialogue", "http", "korean")
+    names = FOUR
     assert [role for family, role in roles if family == "sae"][:4] == list(names)
     for row in units:
         if not row["n_firings"]:
@@ -288,3 +289,18 @@ def test_found_units_are_shown_with_their_contexts(searched):
     contexts = [row for row in rows if row["what"] == "context"]
     assert len(contexts) == 4 * 2 * 4 + 4
     assert all(row["token"] for row in contexts)
+
+
+def test_the_figure_of_found_units_shows_their_shares(searched):
+    _, rows = searched
+    several, single = fig_find_units.draw(rows).axes
+    units = [row for row in rows if row["what"] == "unit" and row["n_firings"]]
+    shown = [row for row in units if row["role"] != "several"]
+    assert len(single.get_yticklabels()) == len(shown)
+    assert len(several.get_yticklabels()) == sum(
+        row["role"] == "several" and row["family"] != "sae" for row in units
+    )
+    texts = [text.get_text() for text in single.texts]
+    assert texts[:4] == [f"{shown[0][f'share_{name}']:.0%}" for name in FOUR]
+    with pytest.raises(ValueError, match="no rows"):
+        fig_find_units.draw([])

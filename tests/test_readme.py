@@ -211,6 +211,12 @@ def test_the_tables_of_polysemanticity_are_the_programs():
     }
     shown = [line.strip("| ").split(" | ", 1)[1] for line in found if line.count("%") == 4]
     assert len(shown) == 6 and set(shown) <= units
+    card = next(
+        row for row in published("describe_concepts")
+        if row["kind"] == "control" and (row["features"], row["concept"]) == ("characters", "all")
+    )  # fmt: skip
+    low, high = (f"{100 * card[f'accuracy_{end}']:.1f}" for end in ("low", "high"))
+    assert f"{100 * card['accuracy']:.1f} % [{low}, {high}] of {card['accuracy_n']:,}" in section
 
 
 def test_the_table_of_saebench_is_the_benchmarks():
