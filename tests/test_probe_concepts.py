@@ -17,6 +17,7 @@ from analysis.concept_probes import (
     TRUE,
     Probed,
     averages,
+    centred,
     make_task,
     rank,
     rows_of_concepts,
@@ -304,6 +305,14 @@ def test_the_planted_absorber_is_found_token_by_token(is_there):
     # The other half is written by the other feature, but for the 1/2 that both leave out.
     expected = {0: 3 / 3.5, 5: 1.5 / 2}[main] / 2 if is_there else 0
     assert row["absorption"] == pytest.approx(expected, abs=0.02)
+
+
+def test_draws_of_a_biased_score_are_centred_at_the_estimate():
+    found = centred(torch.tensor([[0.2, 0.3, 0.5, 0.4], [0.9, 0.9, 1.0, 0.8]]).double())
+    expected = [[0.2, 0.1, 0.3, 0.2], [0.9, 0.9, 1.0, 0.8]]
+    torch.testing.assert_close(found, torch.tensor(expected).double())
+    near_one = centred(torch.tensor([[0.99, 0.9, 1.0]]).double())
+    assert near_one[0].tolist() == pytest.approx([0.99, 0.94, 1])
 
 
 def test_seeds_are_summed_up_with_students_interval():
