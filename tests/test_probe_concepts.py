@@ -172,12 +172,10 @@ def test_features_are_chosen_on_source_a_alone():
         x[first, 0] -= 2
     b[first, 5] += 2
     a[first, 6] += 0.6
-    reading = planted_reading(a, b)
-    rows = study(reading, of_dictionary(torch.eye(8)))
-    split = only(rows, kind="splitting", labels=TRUE, concept="concept0")
-    assert split["features"][0] == 6
-    row = only(rows, kind="probe", labels=TRUE, family="sae", k=1, concept="concept0")
-    assert row["auroc"] < 0.7
+    rows = study(planted_reading(a, b), of_dictionary(torch.eye(8)))
+    facts = {"labels": TRUE, "family": "sae", "concept": "concept0"}
+    assert only(rows, kind="splitting", **facts)["features"][0] == 6
+    assert only(rows, kind="probe", k=1, **facts)["auroc"] < 0.7
 
 
 def test_each_fold_ranks_features_on_what_it_trains_on():
@@ -308,11 +306,9 @@ def test_the_planted_absorber_is_found_token_by_token(is_there):
 
 
 def test_draws_of_a_biased_score_are_centred_at_the_estimate():
-    found = centred(torch.tensor([[0.2, 0.3, 0.5, 0.4], [0.9, 0.9, 1.0, 0.8]]).double())
-    expected = [[0.2, 0.1, 0.3, 0.2], [0.9, 0.9, 1.0, 0.8]]
-    torch.testing.assert_close(found, torch.tensor(expected).double())
-    near_one = centred(torch.tensor([[0.99, 0.9, 1.0]]).double())
-    assert near_one[0].tolist() == pytest.approx([0.99, 0.94, 1])
+    found = centred(torch.tensor([[0.2, 0.3, 0.5, 0.4], [0.99, 0.9, 1.0, 0.95]]).double())
+    expected = torch.tensor([[0.2, 0.1, 0.3, 0.2], [0.99, 0.94, 1.0, 0.99]]).double()
+    torch.testing.assert_close(found, expected)
 
 
 def test_seeds_are_summed_up_with_students_interval():
@@ -375,8 +371,7 @@ def test_only_larger_ratios_have_children_and_both_controls_stand_beside_absorpt
     # Untrained, a seed's larger dictionary has its smaller one's rows: why others are looked for.
     untrained = [row for row in children if row["family"] == "untrained"]
     assert len(untrained) == 4
-    for row in untrained:
-        assert (row["best_cosine"] == pytest.approx(1, abs=1e-6)) == row["shares_start"]
+    assert all((r["best_cosine"] > 1 - 1e-6) == r["shares_start"] for r in untrained)
     found = {(r["family"], r["labels"]) for r in means if r["kind"] == "absorption"}
     assert found == {(f, labels) for f in ("sae", "untrained") for labels in (TRUE, SHUFFLED)}
 
@@ -401,9 +396,8 @@ def test_the_score_of_one_feature_is_scikit_learns_on_activations_read_apart(
         positive = corpus.concept[corpus.heldout] == c
         expected = roc_auc_score(positive.numpy(), mean[:, feature].numpy())
         row = only(probed, kind="probe", k=1, **facts)
-        assert row["auroc"] == pytest.approx(expected, abs=1e-6) or row["auroc"] == pytest.approx(
-            1 - expected, abs=1e-6
-        )
+        # A feature that is silent in the concept is read with a minus.
+        assert abs(row["auroc"] - 0.5) == pytest.approx(abs(expected - 0.5), abs=1e-6)
 
 
 @pytest.mark.parametrize(
