@@ -4,12 +4,13 @@
     python -m analysis.recover_toy_features --settings easy --noise 0 0.1 0.2 --ratios 2 4 8
     python -m analysis.recover_toy_features --phase-settings easy
 
-Five minutes on two cores with the defaults. Rows of activations are sparse sums of random
-directions, twice as many as dimensions (Sharkey, Braun and Millidge 2022). Every architecture is
-trained on the same batches and steered to the truth's own L0; each seed has its own truth, data
-and start. Scores are on fresh rows; brackets are 95 % intervals of Student's t over seeds.
-"random" is the null: dictionaries of the same shape that were never trained. --phase-settings adds
-the phase diagram, ratio x coefficient. Writes outputs/results/recover_toy_features.json.
+A quarter of an hour on two cores with the phase diagram. Rows of activations are sparse sums of
+random directions, twice as many as dimensions (Sharkey, Braun and Millidge 2022). Every
+architecture is trained on the same batches and steered to the truth's own L0; each seed has its
+own truth, data and start. Scores are on fresh rows; brackets are 95 % intervals of Student's t
+over seeds. "random" is the null: dictionaries of the same shape that were never trained.
+--phase-settings adds the phase diagram, ratio x coefficient. Writes
+outputs/results/recover_toy_features.json.
 """
 
 import itertools

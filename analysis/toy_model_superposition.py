@@ -2,8 +2,8 @@
 
     python -m analysis.toy_model_superposition
 
-Five minutes on two cores with the defaults. Trains toy models x_hat = relu(W^T W x + b) of Elhage
-et al. (2022, arXiv 2209.10652) at many sparsities S at once, then SAEs on their hidden
+Twenty minutes on two cores with the defaults. Trains toy models x_hat = relu(W^T W x + b) of
+Elhage et al. (2022, arXiv 2209.10652) at many sparsities S at once, then SAEs on their hidden
 activations: the true features there are the models' own W_i. Reports each feature's dimensionality
 D_i = ||W_i||^2 / sum_j (W_i / ||W_i|| . W_j)^2 against 1 / (1 - S); brackets are 95 % intervals of
 Student's t over seeds. Writes outputs/results/feature_dimensionality.json.

@@ -36,7 +36,9 @@ POLYTOPES = {
     "square antiprism": 3 / 8,
 }
 TICKS = (1, 1.5, 2, 3, 4, 5, 7, 10, 15, 20, 30, 50, 100)
-JITTER = 0.03  # of a decade's e-fold, to both sides
+ASIDE = {"pentagon": "bottom", "square antiprism": "top"}
+JITTER = 0.03  # of the value, to both sides
+STEP = 0.025  # of the value, from one architecture to the next
 
 
 def draw(rows: list[Row]) -> Figure:
@@ -78,6 +80,8 @@ def draw_dimensionality(ax: Axes, features: list[Row], models: list[Row]) -> Non
     names = ax.secondary_yaxis("right")
     names.set_yticks(list(POLYTOPES.values()), [*POLYTOPES])
     names.tick_params(length=0)
+    for text in names.get_yticklabels():  # two lines are nearer than their names are high
+        text.set_va(ASIDE.get(text.get_text(), "center_baseline"))
     names.spines["right"].set_visible(False)
     ax.set_ylim(0, 1.08)
     ax.grid(visible=False)
@@ -89,12 +93,17 @@ def draw_recovery(ax: Axes, saes: list[Row], null: list[Row]) -> None:
     """Shares of the represented features that dictionaries on the hidden activations recover."""
     marker = markers(row["architecture"] for row in saes)
     for i, (name, shape) in enumerate(marker.items()):
-        of_name = [row for row in saes if row["architecture"] == name]
+        aside = 1 + STEP * (i - (len(marker) - 1) / 2)  # intervals stand beside each other
+        of_name = [
+            row | {"inverse_density": row["inverse_density"] * aside}
+            for row in saes
+            if row["architecture"] == name
+        ]
         draw_line(ax, of_name, "recovered_90", f"C{i + 2}", shape, name)
     draw_line(ax, null, "recovered_90", GREY, "", "random (null)")
     ax.set_ylim(-0.03, 1.05)
     ax.set_ylabel("features recovered by SAEs")
-    ax.legend(loc="upper right", ncols=2)
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, ncols=len(marker) + 1)
 
 
 def draw_line(ax: Axes, rows: list[Row], key: str, colour: str, marker: str, label: str) -> None:

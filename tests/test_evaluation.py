@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import D_MODEL, TEXT, load_plain, save_tiny_lm
+from torch.nn.functional import pad
 
 from sparse_coding.errors import UserError
 from sparse_coding.evaluation import (
     Evaluation,
     RandomError,
-    density_histogram,
     evaluate,
     take_tokens,
 )
@@ -230,14 +230,17 @@ def test_fvu_is_no_mean_of_ratios(measured, rows):
     assert abs(ratios.mean() - measured["planted"].row["fvu"]) > 0.05
 
 
-def test_other_rows_are_measured_apart(measured, lm, max_norm):
-    """First positions, special tokens and rows above the limit: not in fvu, but not hidden."""
-    others = []
+def other_rows(lm, max_norm):
+    found = []
     for b in BATCHES:
         acts = activations(lm, b.tokens, [HOOK])[HOOK]
-        keep = b.valid & (acts.norm(dim=-1) <= max_norm)
-        others.append(acts[~keep])
-    x = torch.cat(others).double().numpy()
+        found.append(acts[~(b.valid & (acts.norm(dim=-1) <= max_norm))])
+    return torch.cat(found)
+
+
+def test_other_rows_are_measured_apart(measured, lm, max_norm):
+    """First positions, special tokens and rows above the limit: not in fvu, but not hidden."""
+    x = other_rows(lm, max_norm).double().numpy()
     f, x_hat = in_numpy(planted(), x)
     row = measured["planted"].row
     assert row["n_tokens_excluded"] == len(x)
@@ -247,6 +250,39 @@ def test_other_rows_are_measured_apart(measured, lm, max_norm):
     assert row["l0_excluded"] == pytest.approx((f > 0).sum(axis=1).mean(), rel=1e-12)
     relative = ((x - x_hat) ** 2).sum() / (x**2).sum()
     assert row["relative_error_excluded"] == pytest.approx(relative, rel=1e-5)
+
+
+class Wild(L1SAE):
+    """Does as the planted one, but makes nonsense of the rows that do not count."""
+
+    def encode(self, x):
+        f = super().encode(x)
+        others = (x[:, None] - self.others).abs().amax(dim=2).amin(dim=1) < 1e-4
+        return torch.where(others[:, None], 1e3, f)
+
+
+def scores(row):
+    """What is said of the rows that count."""
+    return {k: row[k] for k in row if not k.endswith("_excluded") and "random_error" not in k}
+
+
+def test_first_positions_and_special_tokens_inflate_nothing(measured, lm, mean, max_norm):
+    """The trap of BOS: its norm is a hundred times the others', and every feature fires on it."""
+    wild = Wild(D_MODEL, 20)
+    wild.load_state_dict(planted().state_dict())
+    wild.others = other_rows(lm, max_norm)
+    evaluation = Evaluation(lm, HOOK, BATCHES, max_norm, torch.from_numpy(VARIANCE).float())
+    found = evaluate(evaluation, {"wild": wild.requires_grad_(False)}, mean, 10_000)["wild"].row
+    assert found["l0_excluded"] == 20 > measured["planted"].row["l0_excluded"]
+    assert scores(found) == pytest.approx(scores(measured["planted"].row), rel=1e-5)
+
+
+def test_padding_is_no_target_and_no_row(measured, lm, mean, max_norm):
+    fill = (0, -1, False)  # token, document, valid
+    padded = [TokenBatch(*map(lambda x, v: pad(x, (0, 6), value=v), b, fill)) for b in BATCHES]
+    evaluation = Evaluation(lm, HOOK, padded, max_norm, torch.from_numpy(VARIANCE).float())
+    found = evaluate(evaluation, {"planted": planted()}, mean, 10_000)["planted"].row
+    assert scores(found) == pytest.approx(scores(measured["planted"].row), rel=1e-5)
 
 
 def test_a_silent_feature_is_bounded_and_a_dense_one_counted(measured, rows):
@@ -410,38 +446,3 @@ def test_taken_batches_hold_just_the_tokens_asked_for():
 def test_no_held_out_context_is_refused():
     with pytest.raises(UserError, match="held-out text has no full context"):
         take_tokens([], 10)
-
-
-def histogram(n_firings, n_rows):
-    return density_histogram(torch.tensor(n_firings), n_rows)
-
-
-def test_the_histogram_counts_every_feature_once():
-    generator = torch.Generator().manual_seed(0)
-    for n_rows in (7, 100, 4321):
-        n_firings = torch.randint(0, n_rows + 1, (57,), generator=generator).tolist()
-        assert sum(bin_["n_features"] for bin_ in histogram(n_firings, n_rows)) == 57
-
-
-@pytest.mark.parametrize("n_rows", [7, 100, 1000, 4321])
-def test_a_feature_is_in_the_bin_around_its_rate(n_rows):
-    for n in range(1, n_rows + 1, max(1, n_rows // 50)):
-        (found,) = [bin_ for bin_ in histogram([n], n_rows) if bin_["n_features"]]
-        rate = math.log10(n / n_rows)
-        low, high = found["log10_density_low"], found["log10_density_high"]
-        assert low - 1e-12 <= rate and (rate < high or n == n_rows), (n, low, high)
-
-
-def test_silent_features_and_those_that_always_fire_are_told_apart():
-    bins = histogram([0, 0, 0, 100, 100, 10], 100)
-    assert bins[0] == {
-        "log10_density_low": None, "log10_density_high": None, "n_features": 3, "n_tokens": 100
-    }  # fmt: skip
-    assert (bins[-1]["n_features"], bins[-1]["log10_density_high"]) == (2, 0)
-
-
-def test_bins_touch_and_reach_from_one_firing_to_all():
-    bins = histogram([1], 4321)[1:]
-    for one, following in zip(bins, bins[1:], strict=False):
-        assert one["log10_density_high"] == following["log10_density_low"]
-    assert bins[0]["log10_density_low"] <= math.log10(1 / 4321) < bins[0]["log10_density_high"]

@@ -165,6 +165,25 @@ def test_the_table_of_baselines_is_the_programs():
     assert found == lines
 
 
+def test_the_table_of_known_features_is_the_programs():
+    section = README.split("### Are features found")[1].split("\n### ")[0]
+    table = [line.strip("| ").split(" | ") for line in section.splitlines() if line[:2] == "| "]
+    shown = {"PCA": "pca", "ICA": "ica", "NMF": "nmf", "never trained (null)": "random"}
+    found = {
+        (shown.get(name, name), setting): cell
+        for name, *cells in table[1:]
+        for setting, cell in zip(table[0][1:], cells, strict=True)
+    }
+    expected = {}
+    for row in published("recover_toy_features"):
+        if row["l1_coeff"] is None:
+            ends = (row[f"recovered_90{end}"] for end in ("", "_low", "_high"))
+            value, low, high = (f"{100 * min(max(end, 0), 1):.0f}" for end in ends)
+            expected[row["architecture"], row["setting"]] = f"{value} [{low}, {high}]"
+    assert len(expected) == 13 * 5
+    assert found == expected
+
+
 def test_the_table_of_comparisons_is_the_benchmarks():
     path = ROOT / "benchmarks" / "results" / "analysis.json"
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
