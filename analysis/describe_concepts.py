@@ -292,20 +292,13 @@ def tag_rows(tokenizer: Callable, cfg: Config) -> list[Row]:
     import torch
 
     from sparse_coding.metrics import bootstrap_weights, interval
-    from sparse_coding.text import load_text
+    from sparse_coding.text import load_text, token_spans
     from sparse_coding.token_tags import TAGS, token_tags
 
     n_tagged, n_tokens = [], []
     documents = load_text("builtin").documents("heldout")
     for _, document in zip(range(cfg.n_natural), documents, strict=False):
-        encoded = tokenizer(
-            document.text,
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_offsets_mapping=True,
-            verbose=False,
-        )
-        tags = token_tags(document.text, np.array(encoded["offset_mapping"]))
+        tags = token_tags(document.text, token_spans(document.text, tokenizer)[1])
         n_tagged.append(tags.sum(axis=0))
         n_tokens.append(len(tags))
     counts = torch.from_numpy(np.stack(n_tagged)).double()

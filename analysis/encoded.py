@@ -21,7 +21,7 @@ from sparse_coding.consistency import Codes, join, sparse_codes
 from sparse_coding.errors import UserError
 from sparse_coding.evaluation import ROWS_AT_ONCE
 from sparse_coding.harvest import Rows
-from sparse_coding.text import Text
+from sparse_coding.text import Text, token_spans
 
 Places = Int[np.ndarray, " tokens"]
 
@@ -151,16 +151,8 @@ def visible_ends(text: str, tokenizer: PreTrainedTokenizerBase) -> Int[np.ndarra
 
     Tokens that share a character (bytes of one in UTF-8) all end with it, and the last one counts.
     """
-    if not tokenizer.is_fast:
-        raise UserError(
-            f"the tokenizer of {tokenizer.name_or_path} does not say which characters a token is "
-            "of; only dictionaries with the same tokenizer can be compared with its"
-        )
-    offsets = tokenizer(
-        text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True,
-        verbose=False,
-    )["offset_mapping"]  # fmt: skip
-    ends = np.array([end if text[start:end].strip() else -1 for start, end in offsets], int)
+    _, spans = token_spans(text, tokenizer)
+    ends = np.array([end if text[start:end].strip() else -1 for start, end in spans], int)
     visible = np.flatnonzero(ends >= 0)
     repeated = visible[:-1][np.diff(ends[visible]) == 0]
     ends[repeated] = -1

@@ -5,20 +5,28 @@ Every family is a list of the same kind of dictionary with different seeds. No m
 
 import dataclasses
 import re
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from analysis.controls import RETRAINED, TrainingActivations, controls, run_config
+from analysis.controls import (
+    FROZEN,
+    RETRAINED,
+    UNTRAINED,
+    TrainingActivations,
+    controls,
+    run_config,
+)
 from analysis.matched import Families
-from analysis.program import MeasureConfig
+from analysis.program import ConceptConfig, MeasureConfig
 from analysis.subjects import Material, Origin, Subject, load_subjects
 from analysis.units import ConceptReading, Family
 from sparse_coding.baselines import neuron_basis
 from sparse_coding.concepts import ConceptCorpus, concept_documents, find_concepts
 from sparse_coding.dictionary import Dictionary
 from sparse_coding.errors import UserError
+from sparse_coding.harvest import hook_width
 
 if TYPE_CHECKING:
     from analysis.measure_polysemanticity import Config
@@ -28,19 +36,41 @@ AIM = 4  # the ratio that is studied unless one is asked for
 L0_TOKENS = 8192
 
 
+class OpenedRun(NamedTuple):
+    """A run's SAEs, all of one hook, its language model, and the concept corpus in its tokens."""
+
+    subjects: list[Subject]
+    ratio: int
+    """The one that is studied."""
+    material: Material
+    corpus: ConceptCorpus
+
+    @property
+    def hook_name(self) -> str:
+        return self.material.origin.hook_name
+
+    @property
+    def of_ratio(self) -> list[Subject]:
+        """The SAEs of the studied ratio."""
+        return [subject for subject in self.subjects if subject.facts["ratio"] == self.ratio]
+
+
+def open_run(cfg: ConceptConfig, ratio: int, concepts: Sequence[str] = ()) -> OpenedRun:
+    """`ratio` 0: the one nearest to 4; no names of concepts: all."""
+    wanted = find_concepts(concepts)
+    subjects = load_subjects([str(cfg.run)], MeasureConfig(device=cfg.device))
+    material = Material(only_origin(subjects), cfg.device)
+    corpus = concept_documents(
+        material.lm.tokenizer, cfg.n_tokens, n_documents=cfg.n_documents, concepts=wanted
+    )
+    return OpenedRun(subjects, chosen_ratio(subjects, ratio), material, corpus)
+
+
 def every_family(cfg: "Config") -> Iterator[list[Family]]:
     """The run's SAEs ratio by ratio, beginning with the one that others are set against."""
-    subjects = load_subjects([str(cfg.run)], MeasureConfig(device=cfg.device))
-    origin = only_origin(subjects)
-    ratio = chosen_ratio(subjects, cfg.ratio)
-    material = Material(origin, cfg.device)
-    corpus = concept_documents(
-        material.lm.tokenizer,
-        cfg.n_tokens,
-        n_documents=cfg.n_documents,
-        concepts=find_concepts(cfg.concepts),
-    )
-    group = [subject for subject in subjects if subject.facts["ratio"] == ratio]
+    run = open_run(cfg, cfg.ratio, cfg.concepts)
+    subjects, ratio, material, corpus = run
+    origin, group = material.origin, run.of_ratio
     activations = TrainingActivations(run_config(cfg.run, origin), material, cfg.n_tokens_train)
     mlp_hook = mlp_of(origin.hook_name) if "mlp_neurons" in cfg.families else None
     hooks = [origin.hook_name, *([mlp_hook] if mlp_hook else [])]
@@ -53,14 +83,13 @@ def every_family(cfg: "Config") -> Iterator[list[Family]]:
             Family("sae", origin.hook_name, s.dictionary, facts_of(s), reading, k)
             for s in of_ratio
         ]
-    for kind in ("frozen_decoder", "untrained"):
+    for kind in (FROZEN, UNTRAINED):
         if kind in cfg.families:
             yield of_control(kind, cfg, group, activations, reading, k)
     yield from fitted(cfg, group[0].dictionary.d_sae, activations, reading, k)
     if mlp_hook:
-        width = reading.acts[mlp_hook].shape[1]
-        neurons = neuron_basis(torch.zeros(width)).to(material.lm.device)
-        yield [Family("mlp_neurons", mlp_hook, neurons, {"ratio": None, "seed": None}, reading, k)]
+        facts = {"ratio": None, "seed": None}
+        yield [Family("mlp_neurons", mlp_hook, mlp_neurons(reading, mlp_hook), facts, reading, k)]
     del reading, activations
     for how in cfg.random_lms:
         yield retrained(cfg, group, corpus, how, k)
@@ -87,6 +116,12 @@ def mlp_of(hook_name: str) -> str | None:
     """Where the neurons of the same block's MLP are read, if it is a block's hook."""
     block = re.match(r"blocks\.\d+\.", hook_name)
     return f"{block[0]}mlp.hook_post" if block else None
+
+
+def mlp_neurons(reading: ConceptReading, hook_name: str) -> Dictionary:
+    """The neurons at this hook, both signs, around 0."""
+    width = hook_width(reading.lm, hook_name)
+    return neuron_basis(torch.zeros(width)).to(reading.lm.device)
 
 
 def facts_of(subject: Subject) -> dict[str, int | str | None]:

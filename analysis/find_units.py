@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING
 
 from analysis.program import (
     ConceptConfig,
-    MeasureConfig,
     Row,
     finite,
     print_table,
@@ -73,31 +72,26 @@ def main(cfg: Config) -> None:
 
     from tqdm import tqdm
 
-    from analysis.families import chosen_ratio, mlp_of, only_origin
-    from analysis.subjects import Material, load_subjects
+    from analysis.families import mlp_of, open_run
     from analysis.units import ConceptReading
-    from sparse_coding.concepts import concept_documents, find_concepts, recipe
+    from sparse_coding.concepts import find_concepts, recipe
 
     if len(find_concepts(cfg.concepts)) == len(find_concepts(())):
         raise UserError(
             "leave out one of the concepts: others are what the named are compared with"
         )
-    subjects = load_subjects([str(cfg.run)], MeasureConfig(device=cfg.device))
-    origin, ratio = only_origin(subjects), chosen_ratio(subjects, cfg.ratio)
-    sae = next(one for one in subjects if one.facts["ratio"] == ratio)
-    material = Material(origin, cfg.device)
-    tokenizer = material.lm.tokenizer
-    corpus = concept_documents(tokenizer, cfg.n_tokens, n_documents=cfg.n_documents)
-    mlp_hook = mlp_of(origin.hook_name)
-    hooks = [origin.hook_name, *([mlp_hook] if mlp_hook else [])]
-    reading = ConceptReading(material, corpus, hooks)
+    run = open_run(cfg, cfg.ratio)
+    sae, origin = run.of_ratio[0], run.material.origin
+    mlp_hook = mlp_of(run.hook_name)
+    hooks = [run.hook_name, *([mlp_hook] if mlp_hook else [])]
+    reading = ConceptReading(run.material, run.corpus, hooks)
     searched = list(families(cfg, reading, sae.dictionary, mlp_hook))
     rows: list[Row] = []
     for name, hook, dictionary in tqdm(searched, desc="searching", unit="family"):
         rows += search(cfg, reading, name, hook, dictionary)
     show(cfg, rows)
     about = {"sae": sae.name, "lm": origin.lm, "hook_name": origin.hook_name, "corpus": recipe()}
-    write_results(path, cfg, rows, str(material.lm.device), **about)
+    write_results(path, cfg, rows, str(reading.lm.device), **about)
 
 
 def families(
@@ -106,15 +100,16 @@ def families(
     """(name, hook, dictionary): neurons and directions around the mean of sources A, the SAE."""
     import torch
 
+    from analysis.families import mlp_neurons
     from sparse_coding.baselines import neuron_basis, random_directions
 
     hook, device = reading.hooks[0], reading.lm.device
     mean = reading.choosing.acts[hook].double().mean(dim=0)
     n = len(mean)
     if mlp_hook:
-        width = reading.acts[mlp_hook].shape[1]
-        n = max(n, width)
-        yield "mlp_neurons", mlp_hook, neuron_basis(torch.zeros(width)).to(device)
+        neurons = mlp_neurons(reading, mlp_hook)
+        n = max(n, neurons.d_in)
+        yield "mlp_neurons", mlp_hook, neurons
     yield "neuron_basis", hook, neuron_basis(mean).to(device)
     generator = torch.Generator().manual_seed(cfg.seed)
     yield "random_directions", hook, random_directions(mean, n, generator).to(device)
@@ -149,17 +144,13 @@ def search(
     chosen += [(int(unit), "several") for unit in worst.argsort(descending=True)[: cfg.n_show]]
 
     units = torch.tensor([unit for unit, _ in chosen])
-    measured = unit_activity(
-        unit_activations(dictionary, b.acts[hook], units),
-        b.document,
-        len(b.labels.concept),
-        thresholds[:, units],
-    )
+    values = torch.cat(list(unit_activations(dictionary, b.acts[hook], units)))
+    measured = unit_activity([values], b.document, len(b.labels.concept), thresholds[:, units])
     rows = unit_rows(cfg, reading, measured, thresholds[0, units], named)
     about = {"family": name, "n_searched": dictionary.d_sae, "split": "sources B"}
     for row, (unit, role) in zip(rows, chosen, strict=True):
         row |= about | {"unit": unit, "role": role}
-    return rows + context_rows(cfg, reading, hook, dictionary, rows, named)
+    return rows + context_rows(cfg, reading, values, rows, named)
 
 
 def least_lift(active: "Tensor", labels, named: list[int]) -> "Tensor":
@@ -213,18 +204,11 @@ def unit_rows(
 
 
 def context_rows(
-    cfg: Config, reading: "ConceptReading", hook: str, dictionary: "Dictionary",
-    units: list[Row], named: list[int],
-) -> list[Row]:  # fmt: skip
-    """Of each unit and concept the text around its largest activation."""
-    import torch
-
-    from sparse_coding.unit_activity import unit_activations
-
+    cfg: Config, reading: "ConceptReading", values: "Tensor", units: list[Row], named: list[int]
+) -> list[Row]:
+    """Of each unit and concept the text around its largest activation, of `values` (row, unit)."""
     b = reading.heldout
     tokens = reading.corpus.tokens[b.documents]
-    index = torch.tensor([row["unit"] for row in units])
-    values = torch.cat(list(unit_activations(dictionary, b.acts[hook], index)))
     decode = reading.lm.tokenizer.decode
     rows = []
     for j, unit in enumerate(units):

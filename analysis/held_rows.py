@@ -12,11 +12,10 @@ from analysis.encoded import places
 from analysis.matched import REACH, scattered
 from analysis.subjects import Material
 from sparse_coding.descriptions import Evidence
-from sparse_coding.errors import UserError
 from sparse_coding.evaluation import take_tokens
 from sparse_coding.examples import Stream, first_half
 from sparse_coding.metrics import bootstrap_weights
-from sparse_coding.text import TokenBatch
+from sparse_coding.text import TokenBatch, token_spans
 from sparse_coding.token_tags import TAGS, token_tags
 
 
@@ -31,23 +30,14 @@ class Documents(NamedTuple):
 
 def read_documents(material: Material, wanted: set[int]) -> Documents:
     """Tags are of the `wanted` documents alone."""
-    tokenizer = material.lm.tokenizer
-    if not tokenizer.is_fast:
-        raise UserError(
-            f"the tokenizer of {material.lm.name} does not say which characters a token is of; "
-            "rules about characters need that"
-        )
     found = Documents([], [], [])
     for index, document in enumerate(material.text.documents("heldout")):
         if index > max(wanted):
             break
         tags = None
         if index in wanted:
-            offsets = tokenizer(
-                document.text, add_special_tokens=False, split_special_tokens=True,
-                return_offsets_mapping=True, verbose=False,
-            )["offset_mapping"]  # fmt: skip
-            tags = token_tags(document.text, np.array(offsets).reshape(-1, 2))
+            _, spans = token_spans(document.text, material.lm.tokenizer)
+            tags = token_tags(document.text, spans)
         found.tags.append(tags)
         found.source.append(document.source)
         found.key.append(material.text.key(document))

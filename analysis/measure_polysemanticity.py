@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 BASES = ("neuron_basis", "pca", "ica")
 DRAWN = ("random_rotation", "random_directions", "whitened_random")
-CONTROLS = ("frozen_decoder", "untrained")
+CONTROLS = ("frozen_decoder", "untrained")  # names as in analysis.controls, which loads torch
 
 
 @dataclass(frozen=True)

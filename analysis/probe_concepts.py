@@ -172,12 +172,10 @@ def every_family(
     reading: "ConceptReading",
 ) -> "Iterator[Probed]":  # fmt: skip
     """Ratio by ratio, from the smallest; then what has none."""
-    import torch
-
     from analysis.concept_probes import Probed
     from analysis.controls import UNTRAINED, controls
+    from analysis.families import mlp_neurons
     from analysis.matched import Families
-    from sparse_coding.baselines import neuron_basis
 
     hook, none = activations.hook_name, {"ratio": None, "seed": None}
     names = [name for name in FITTED if name in cfg.families]
@@ -203,8 +201,7 @@ def every_family(
         if name != RANDOM:
             yield family(none | {"family": name}, 2)
     for other in reading.hooks[1:]:
-        mean = torch.zeros(reading.acts[other].shape[1])
-        neurons = neuron_basis(mean).to(activations.material.lm.device)
+        neurons = mlp_neurons(reading, other)
         yield Probed(none | {"family": "mlp_neurons"}, other, lambda one=neurons: one)
 
 

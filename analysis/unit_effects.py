@@ -110,11 +110,10 @@ def places(
     reading, b = family.reading, family.reading.heldout
     context = torch.full((len(b.labels.concept),), -1)
     context[documents] = torch.arange(len(documents))
-    start = reading.batches[0].tokens.shape[1] - reading.corpus.tokens.shape[1]  # BOS or none
-    is_known = b.position < reading.corpus.tokens.shape[1] - 1
+    is_known = b.position < reading.n_tokens - 1
     here = fired & is_known & (context[b.document] >= 0)
     document = b.document[here]
-    return context[document], b.position[here] + start, b.labels.concept[document]
+    return context[document], b.position[here] + reading.n_before, b.labels.concept[document]
 
 
 def some_documents(

@@ -30,7 +30,7 @@ from sparse_coding.polysemanticity import (
     effective_number,
     eligible,
     entropy,
-    lifts,
+    lift_p,
     n_superclasses,
     rao_entropy,
 )
@@ -90,7 +90,7 @@ def significant_concepts(
 ) -> Bool[Tensor, "concepts units"]:
     """Concepts with a lift over 2, false discoveries controlled over all of them x all units."""
     p = [torch.zeros(labels.n_concepts, 0, dtype=torch.float64)]
-    p += [lifts(some, labels, weights).p for some in active.split(UNITS_AT_ONCE, dim=1)]
+    p += [lift_p(some, labels, weights) for some in active.split(UNITS_AT_ONCE, dim=1)]
     return discoveries(torch.cat(p, dim=1))
 
 

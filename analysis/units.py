@@ -5,7 +5,6 @@ is read once per language model; families are sampled with a seed and measured o
 """
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from tqdm import tqdm
 from analysis.program import Row
 from analysis.subjects import Material
 from sparse_coding.baselines import PerTokenTopK
-from sparse_coding.concepts import ConceptCorpus
+from sparse_coding.concepts import ConceptCorpus, superclasses
 from sparse_coding.dictionary import Dictionary
 from sparse_coding.harvest import activations, hook_width, kept_rows
 from sparse_coding.polysemanticity import Labelled
@@ -30,21 +29,21 @@ BATCH_CONTEXTS = 32
 
 def concept_contexts(
     corpus: ConceptCorpus, tokenizer, bos: str, n_skipped: int = SKIPPED
-) -> list[TokenBatch]:
+) -> TokenBatch:
     """Each document is one context, after BOS where the model wants one.
 
     Valid are the positions that SAEs see, without the first `n_skipped` of the document.
     """
     tokens = corpus.tokens
+    n_tokens = tokens.shape[1]
     index = torch.arange(len(tokens))[:, None].expand_as(tokens)
     if starts_with_bos(tokenizer, bos):
         first = torch.full((len(tokens), 1), tokenizer.bos_token_id)
         tokens = torch.cat([first, tokens], dim=1)
         index = torch.cat([torch.full_like(first, -1), index], dim=1)
     valid = valid_positions(tokens, special_ids(tokenizer))
-    valid[:, : tokens.shape[1] - corpus.tokens.shape[1] + n_skipped] = False
-    split = (part.split(BATCH_CONTEXTS) for part in (tokens, index, valid))
-    return [TokenBatch(*parts) for parts in zip(*split, strict=True)]
+    valid[:, : tokens.shape[1] - n_tokens + n_skipped] = False
+    return TokenBatch(tokens, index, valid)
 
 
 class Split(NamedTuple):
@@ -63,7 +62,8 @@ class Split(NamedTuple):
 class ConceptReading:
     """What one language model makes of the concept corpus at some hooks.
 
-    `choosing` is source A, `heldout` source B. Keeps all rows in memory, in the model's dtype.
+    `choosing` is source A, `heldout` source B. The first hook's norms decide which rows count, as
+    in training. Keeps all rows in memory, in the model's dtype.
     """
 
     def __init__(
@@ -71,54 +71,56 @@ class ConceptReading:
         n_skipped: int = SKIPPED,
     ) -> None:  # fmt: skip
         self.lm, self.corpus, self.hooks = material.lm, corpus, list(hooks)
-        self.batches = concept_contexts(corpus, self.lm.tokenizer, material.origin.bos, n_skipped)
+        self.contexts = concept_contexts(corpus, self.lm.tokenizer, material.origin.bos, n_skipped)
         width = sum(hook_width(self.lm, hook) for hook in self.hooks)
-        n_bytes = corpus.tokens.numel() * width * self.lm.dtype.itemsize
+        n_bytes = int(self.contexts.valid.sum()) * width * self.lm.dtype.itemsize
         advice = "ask for fewer --n-documents or --n-tokens"
         check_memory(n_bytes, torch.device("cpu"), "the concept corpus's activations", advice)
         self.max_norm = material.max_norm
-        hook = material.origin.hook_name
-        acts: dict[str, list[Tensor]] = {name: [] for name in self.hooks}
-        document, token, position = [], [], []
-        for batch in tqdm(self.batches, desc=f"concepts, {self.lm.name}", unit="batch"):
-            seen = activations(self.lm, batch.tokens, self.hooks)
-            keep = kept_rows(seen[hook], batch.valid.to(seen[hook].device), self.max_norm)
-            for name, x in seen.items():
-                acts[name].append(x[keep].cpu())
-            keep = keep.cpu()
-            document.append(batch.document[keep])
-            token.append(batch.tokens[keep])
-            start = batch.tokens.shape[1] - corpus.tokens.shape[1]
-            position.append(keep.nonzero()[:, 1] - start)
-        self.acts = {name: torch.cat(parts) for name, parts in acts.items()}
-        self.document, self.token = torch.cat(document), torch.cat(token)
-        self.position = torch.cat(position)
+        self.choosing = self._read(~corpus.heldout, "A")
+        self.heldout = self._read(corpus.heldout, "B")
+
+    @property
+    def n_tokens(self) -> int:
+        """Of a document, without BOS."""
+        return len(self.corpus.documents[0].tokens)
+
+    @property
+    def n_before(self) -> int:
+        """Tokens before a document in its context: 1 for BOS, or none."""
+        return self.contexts.tokens.shape[1] - self.n_tokens
 
     def contexts_of(self, documents: Int[Tensor, " documents"]) -> TokenBatch:
         """Contexts of these documents of the corpus."""
-        return TokenBatch(
-            *(torch.cat(part)[documents] for part in zip(*self.batches, strict=True))
-        )
+        return TokenBatch(*(part[documents] for part in self.contexts))
 
-    @cached_property
-    def choosing(self) -> Split:
-        return self._split(~self.corpus.heldout)
-
-    @cached_property
-    def heldout(self) -> Split:
-        return self._split(self.corpus.heldout)
-
-    def _split(self, chosen: Bool[Tensor, " documents"]) -> Split:
-        rows = chosen[self.document]
-        number = chosen.cumsum(0) - 1
-        document = number[self.document[rows]]
-        n_tokens = document.bincount(minlength=int(chosen.sum())).double()
-        kinds = [concept.superclass for concept in self.corpus.concepts]
-        superclass = torch.tensor([sorted(set(kinds)).index(kind) for kind in kinds])
-        labels = Labelled(self.corpus.concept[chosen], n_tokens, superclass)
-        acts = {name: x[rows] for name, x in self.acts.items()}
+    def _read(self, chosen: Bool[Tensor, " documents"], source: str) -> Split:
+        documents = chosen.nonzero()[:, 0]
+        contexts = self.contexts_of(documents)
+        kept = torch.zeros_like(contexts.valid)
+        n_rows, start = int(contexts.valid.sum()), 0
+        acts = {
+            hook: torch.empty(n_rows, hook_width(self.lm, hook), dtype=self.lm.dtype)
+            for hook in self.hooks
+        }
+        batches = torch.arange(len(documents)).split(BATCH_CONTEXTS)
+        for some in tqdm(batches, desc=f"concepts {source}, {self.lm.name}", unit="batch"):
+            seen = activations(self.lm, contexts.tokens[some], self.hooks)
+            first = seen[self.hooks[0]]
+            keep = kept_rows(first, contexts.valid[some].to(first.device), self.max_norm)
+            n = int(keep.sum())
+            for hook, x in seen.items():
+                acts[hook][start : start + n] = x[keep]
+            kept[some], start = keep.cpu(), start + n
+        document, place = kept.nonzero(as_tuple=True)
+        n_tokens = document.bincount(minlength=len(documents)).double()
         return Split(
-            acts, document, self.token[rows], self.position[rows], labels, chosen.nonzero()[:, 0]
+            {hook: x[:start] for hook, x in acts.items()},
+            document,
+            contexts.tokens[kept],
+            place - self.n_before,
+            Labelled(self.corpus.concept[chosen], n_tokens, superclasses(self.corpus.concepts)),
+            documents,
         )
 
 

@@ -126,14 +126,12 @@ def corpus_like(n_documents: int) -> "Labelled":
     """Labels of as many documents per concept, all of equal length."""
     import torch
 
-    from sparse_coding.concepts import CONCEPTS
+    from sparse_coding.concepts import CONCEPTS, superclasses
     from sparse_coding.polysemanticity import Labelled
 
-    kinds = sorted({concept.superclass for concept in CONCEPTS})
-    superclass = torch.tensor([kinds.index(concept.superclass) for concept in CONCEPTS])
     concept = torch.arange(len(CONCEPTS)).repeat_interleave(n_documents)
     n_tokens = torch.full((len(concept),), float(N_POSITIONS), dtype=torch.float64)
-    return Labelled(concept, n_tokens, superclass)
+    return Labelled(concept, n_tokens, superclasses(CONCEPTS))
 
 
 def plant(
@@ -309,12 +307,12 @@ def false_positives(
     import torch
 
     from sparse_coding.metrics import share_interval
-    from sparse_coding.polysemanticity import lifts
+    from sparse_coding.polysemanticity import lift_p
 
     units = planted(MIXTURES[-1], cfg, labels, generator)
     deal = labels.relabelled(generator)
     draws = deal.draws(len(weights) - 1, generator)
-    p = lifts(units.active, deal, draws, min_lift=1.0).p
+    p = lift_p(units.active, deal, draws, min_lift=1.0)
     # one concept of each unit, because concepts of a unit are not independent
     picked = torch.randint(len(p), (p.shape[1],), generator=generator)
     hits = p[picked, torch.arange(p.shape[1])] <= 0.05
@@ -327,7 +325,7 @@ def false_positives(
     active, _ = plant(
         shares / shares.sum(dim=0), log_uniform(cfg.n_units, generator), labels, generator
     )
-    p = lifts(active, labels, weights).p
+    p = lift_p(active, labels, weights)
     hits = p[0] <= 0.05
     share = share_interval(int(hits.sum()), len(hits))
     rows.append(row("p <= .05", "lift exactly 2", share, len(hits), "nominal or below",

@@ -6,9 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from analysis.families import chosen_ratio, facts_of, only_origin
-from analysis.program import MeasureConfig, Row
-from analysis.subjects import Material, load_subjects
+from analysis.families import facts_of, open_run
+from analysis.program import ConceptConfig, Row
 from analysis.units import ConceptReading, Conditions, Family, choose_units, observe
 from analysis.validate_polysemanticity import (
     MIN_AUROC,
@@ -18,7 +17,6 @@ from analysis.validate_polysemanticity import (
     resampled,
     row,
 )
-from sparse_coding.concepts import concept_documents
 from sparse_coding.errors import UserError
 from sparse_coding.polysemanticity import choose_concept, effective_number, eligible
 
@@ -35,13 +33,10 @@ def real_features(cfg: "Config") -> tuple[list[Row], str]:
 
     Which features are single is decided on source A; sums and singles are measured on source B.
     """
-    subjects = load_subjects([str(cfg.run)], MeasureConfig(device=cfg.device))
-    origin, ratio = only_origin(subjects), chosen_ratio(subjects, cfg.ratio)
-    subject = next(one for one in subjects if one.facts["ratio"] == ratio)
-    material = Material(origin, cfg.device)
-    corpus = concept_documents(material.lm.tokenizer, n_documents=cfg.n_documents)
-    reading = ConceptReading(material, corpus, [origin.hook_name])
-    family = Family("sae", origin.hook_name, subject.dictionary, facts_of(subject), reading, 1)
+    opened = open_run(ConceptConfig(cfg.run, cfg.n_documents, device=cfg.device), cfg.ratio)
+    subject, hook = opened.of_ratio[0], opened.hook_name
+    reading = ConceptReading(opened.material, opened.corpus, [hook])
+    family = Family("sae", hook, subject.dictionary, facts_of(subject), reading, 1)
     units = choose_units(subject.dictionary.d_sae, cfg.n_features, cfg.seed)
     seen = observe(family, units, Conditions((0.001,)))
 
@@ -65,7 +60,7 @@ def real_features(cfg: "Config") -> tuple[list[Row], str]:
     repeated = halves(mass_b, b)
     icc = resampled(intraclass_correlation, repeated, seed=cfg.seed)
     rows.append(row("repeated", f"{subject.name}, halves of B", icc, len(repeated)))
-    return rows, str(material.lm.device)
+    return rows, str(reading.lm.device)
 
 
 def pairs_apart(

@@ -25,7 +25,7 @@ from sparse_coding.baselines import random_directions
 from sparse_coding.config import as_json, environment
 from sparse_coding.dictionary import Dictionary
 from sparse_coding.errors import report_user_errors_in_one_line
-from sparse_coding.polysemanticity import Labelled, effective_number, lifts
+from sparse_coding.polysemanticity import Labelled, effective_number, lift_p
 from sparse_coding.storage import write_json
 from sparse_coding.unit_activity import (
     ROWS_AT_ONCE,
@@ -103,7 +103,7 @@ def measure(cfg: Config) -> Iterator[dict]:
     clock = time.perf_counter()
     weights = labels.draws(cfg.n_draws, generator)
     for part in tqdm(seen.active[0].split(UNITS_AT_ONCE, dim=1), desc="lifts", unit="part"):
-        lifts(part, labels, weights)
+        lift_p(part, labels, weights)
     yield row(cfg, "lifts", clock)
 
 

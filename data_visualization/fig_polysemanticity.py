@@ -44,6 +44,7 @@ FAMILIES = {
     "random_directions": "random directions",
     "whitened_random": "random, whitened",
 }
+OTHER = ("native", "topk")  # conditions that are no rate
 MEASURES = {
     "n_eff": "effective number of concepts",
     "polysemantic": "share polysemantic",
@@ -111,7 +112,7 @@ HIGHLIGHTED = ("sae", "mlp_neurons", "frozen_decoder", "random_directions")
 def draw_rates(ax: Axes, rows: list[Row]) -> None:
     """The effective number of some families against the rate at which they are cut."""
     for name in dict.fromkeys(label(row) for row in sorted(rows, key=place)):
-        line = [row for row in rows if label(row) == name and is_number(row["condition"])]
+        line = [row for row in rows if label(row) == name and row["condition"] not in OTHER]
         if line and line[0]["family"] in HIGHLIGHTED:
             x = [100 * float(row["condition"]) for row in line]
             style = "--" if line[0]["family"] == "random_directions" else "-"
@@ -122,7 +123,9 @@ def draw_rates(ax: Axes, rows: list[Row]) -> None:
                 x, [row["n_eff_low"] for row in line], [row["n_eff_high"] for row in line],
                 color=colour(line[0]), alpha=0.15, linewidth=0, label="_interval",
             )  # fmt: skip
-    rates = sorted({100 * float(row["condition"]) for row in rows if is_number(row["condition"])})
+    rates = sorted(
+        {100 * float(row["condition"]) for row in rows if row["condition"] not in OTHER}
+    )
     ax.set_xscale("log")
     ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
     ax.set_xticks([], minor=True)
@@ -131,10 +134,6 @@ def draw_rates(ax: Axes, rows: list[Row]) -> None:
     ax.set_xlabel("tokens that a unit fires on, %")
     ax.set_ylabel(MEASURES["n_eff"])
     ax.legend(loc="upper left", fontsize=6.5, ncols=2)
-
-
-def is_number(text: str) -> bool:
-    return text.replace(".", "", 1).replace("e-", "", 1).isdigit()
 
 
 def draw_distributions(ax: Axes, rows: list[Row]) -> None:

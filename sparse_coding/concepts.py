@@ -20,7 +20,7 @@ from itertools import accumulate, islice
 from typing import NamedTuple, TypeVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from tqdm import tqdm
 
@@ -29,7 +29,7 @@ from sparse_coding import concept_sources as read
 from sparse_coding.builtin_text import PYTHON
 from sparse_coding.errors import UserError
 from sparse_coding.storage import fingerprint
-from sparse_coding.text import Tokenizer
+from sparse_coding.text import Tokenizer, token_spans
 
 RECIPE = 1  # raise it with any change that changes the documents
 MIN_DOCUMENTS = 200
@@ -202,12 +202,11 @@ class ConceptCorpus:
         names = [f"{d.concept}/{d.source}/{d.parent}" for d in self.documents]
         return torch.tensor([index.setdefault(name, len(index)) for name in names])
 
-    @property
-    def superclass_distance(self) -> Float[Tensor, "concept concept"]:
-        """0 the same, 1/2 the same superclass, 1 otherwise (tree distance)."""
-        kinds = [concept.superclass for concept in self.concepts]
-        same = torch.tensor([[a == b for b in kinds] for a in kinds])
-        return (1 - 0.5 * same.double()).fill_diagonal_(0)
+
+def superclasses(concepts: Sequence[Concept]) -> Int[Tensor, " concepts"]:
+    """Each concept's superclass as an index into their sorted names."""
+    kinds = sorted({concept.superclass for concept in concepts})
+    return torch.tensor([kinds.index(concept.superclass) for concept in concepts])
 
 
 def find_concepts(names: Sequence[str]) -> tuple[Concept, ...]:
@@ -391,13 +390,7 @@ def _first_tokens(text: str, tokenizer: Tokenizer, n_tokens: int) -> tuple[list[
     """The first `n_tokens` tokens, or all if there are fewer, and how many characters they are."""
     width = CHARS_PER_TOKEN * n_tokens
     while True:
-        encoded = tokenizer(
-            text[:width],
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_offsets_mapping=True,
-        )
-        tokens, spans = encoded["input_ids"], encoded["offset_mapping"]
+        tokens, spans = token_spans(text[:width], tokenizer)
         if len(tokens) > n_tokens or width >= len(text):  # one more: the last one is whole
-            return tokens[:n_tokens], max((end for _, end in spans[:n_tokens]), default=0)
+            return tokens[:n_tokens], int(spans[:n_tokens, 1].max(initial=0))
         width *= 2

@@ -166,30 +166,45 @@ class Lifts(NamedTuple):
     """Active tokens per token in the concept / in all others; inf where only there."""
     low: Float64[Tensor, "concepts units"]
     """5th percentile of the bootstrap draws: a one-sided 95 % bound."""
-    p: Float64[Tensor, "concepts units"]
-    """Of the hypothesis that the lift is at most `min_lift`."""
 
 
 def lifts(
     active: Float[Tensor, "documents units"],
     labels: Labelled,
     weights: Float64[Tensor, "draws documents"],
-    min_lift: float = MIN_LIFT,
 ) -> Lifts:
-    """Lifts of all concepts with a bootstrap over documents; `weights` are `Labelled.draws`.
+    """Lifts of all concepts; `weights` are `Labelled.draws`. A silent unit has nan."""
+    rate, rest = _rates_in_and_out(active, labels, weights)
+    value = rate / rest
+    finite = value[1:].nan_to_num(nan=0.0, posinf=torch.finfo(torch.float64).max)
+    return Lifts(value[0], finite.quantile(0.05, dim=0, interpolation="lower"))
 
-    p = (1 + draws in which the lift is at most `min_lift`) / (1 + draws). A silent unit has lift
-    nan and p = 1.
+
+def lift_p(
+    active: Float[Tensor, "documents units"],
+    labels: Labelled,
+    weights: Float64[Tensor, "draws documents"],
+    min_lift: float = MIN_LIFT,
+) -> Float64[Tensor, "concepts units"]:
+    """p of the hypothesis that a concept's lift is at most `min_lift`; 1 for a silent unit.
+
+    (1 + draws in which it is) / (1 + draws).
     """
+    rate, rest = _rates_in_and_out(active, labels, weights)
+    n_below = (rate[1:] <= min_lift * rest[1:]).sum(dim=0)
+    return (1 + n_below.double()) / len(weights)
+
+
+def _rates_in_and_out(
+    active: Float[Tensor, "documents units"],
+    labels: Labelled,
+    weights: Float64[Tensor, "draws documents"],
+) -> tuple[Float64[Tensor, "draws concepts units"], Float64[Tensor, "draws concepts units"]]:
+    """Active tokens per token of each concept, and of all others together."""
     sums = concept_sums(active, labels, weights)
     n = (weights @ (labels.one_hot * labels.n_tokens).T)[:, :, None]
     rest = (sums.sum(dim=1, keepdim=True) - sums) / (n.sum(dim=1, keepdim=True) - n)
-    rate = sums / n
-    value = rate / rest
-    n_below = (rate[1:] <= min_lift * rest[1:]).sum(dim=0)
-    finite = value[1:].nan_to_num(nan=0.0, posinf=torch.finfo(torch.float64).max)
-    low = finite.quantile(0.05, dim=0, interpolation="lower")
-    return Lifts(value[0], low, (1 + n_below) / len(weights))
+    return sums / n, rest
 
 
 def discoveries(

@@ -334,6 +334,27 @@ def _encode(batch: list[Document], tokenizer: Tokenizer) -> list[list[int]]:
     )["input_ids"]
 
 
+def token_spans(text: str, tokenizer: Tokenizer) -> tuple[list[int], Int[np.ndarray, "tokens 2"]]:
+    """Tokens of a text, and the characters that each is of: its first, and one past its last.
+
+    Bytes of one character in UTF-8 may be several tokens, which then are all of that character.
+    `UserError` if the tokenizer does not know.
+    """
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path} does not say which characters a token is "
+            "of, which is needed here; use a language model with a fast tokenizer"
+        )
+    encoded = tokenizer(
+        text,
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_offsets_mapping=True,
+        verbose=False,
+    )
+    return encoded["input_ids"], np.array(encoded["offset_mapping"], dtype=int).reshape(-1, 2)
+
+
 def _batches_of_text(documents: Iterable[Document]) -> Iterator[list[Document]]:
     """Lists of documents of about `TOKENISE_CHARS` characters together."""
     batch, n_chars = [], 0

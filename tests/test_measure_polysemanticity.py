@@ -173,13 +173,13 @@ class FourDocuments:
 
 def test_contexts_are_documents_without_their_first_positions():
     tokenizer = load_lm("tiny-a").tokenizer
-    batch = concept_contexts(FourDocuments, tokenizer, "always")[0]
+    batch = concept_contexts(FourDocuments, tokenizer, "always")
     assert batch.tokens.shape == (4, 11)
     assert (batch.tokens[:, 0] == tokenizer.bos_token_id).all()
     assert (batch.document[:, 0] == -1).all()
     assert batch.document[:, 1:].unique(dim=1).flatten().tolist() == [0, 1, 2, 3]
     assert not batch.valid[:, :5].any() and batch.valid[1:, 5:].all()
-    without = concept_contexts(FourDocuments, tokenizer, "never")[0]
+    without = concept_contexts(FourDocuments, tokenizer, "never")
     assert torch.equal(without.tokens, FourDocuments.tokens)
     assert not without.valid[:, :4].any() and without.valid[1:, 4:].all()
 
@@ -232,12 +232,12 @@ def test_the_validation_notices_a_measure_that_is_not_corrected(validation, monk
 
 
 def test_the_validation_notices_a_test_that_is_too_eager(validation, monkeypatch):
-    lifts = polysemanticity.lifts
+    lift_p = polysemanticity.lift_p
 
     def eager(*arguments, **named):
-        return lifts(*arguments, **named)._replace(p=lifts(*arguments, **named).p / 4)
+        return lift_p(*arguments, **named) / 4
 
-    monkeypatch.setattr(polysemanticity, "lifts", eager)
+    monkeypatch.setattr(polysemanticity, "lift_p", eager)
     assert any(row["passed"] is False for row in validate.false_positives(*validation))
 
 

@@ -44,7 +44,7 @@ def test_rows_are_those_of_a_pass_over_the_documents(reading):
 
 
 def test_observed_units_fire_at_the_rate_on_source_a(reading):
-    width = reading.acts[HOOK].shape[1]
+    width = reading.choosing.acts[HOOK].shape[1]
     mean = reading.choosing.acts[HOOK].double().mean(dim=0)
     basis = family(reading, neuron_basis(mean))
     units = choose_units(2 * width, 50, seed=1)
@@ -93,7 +93,7 @@ def measured(reading, dictionary, unit, threshold):
 
 
 def test_a_unit_that_writes_nothing_has_no_effect_and_one_that_writes_has(reading):
-    width = reading.acts[HOOK].shape[1]
+    width = reading.choosing.acts[HOOK].shape[1]
     mean = reading.choosing.acts[HOOK].double().mean(dim=0)
     axes = torch.eye(width, dtype=torch.float64)
     dictionary = SplitDirections(axes, axes, mean)
@@ -111,7 +111,7 @@ def test_a_unit_that_writes_nothing_has_no_effect_and_one_that_writes_has(readin
 
 def test_taking_a_unit_out_equals_the_models_own_pass_without_it(reading):
     """KL of one document by hand: the stream without the unit's output, then the blocks above."""
-    width = reading.acts[HOOK].shape[1]
+    width = reading.choosing.acts[HOOK].shape[1]
     dictionary = neuron_basis(torch.zeros(width))
     b, unit, threshold = reading.heldout, 3, 0.2
     found = measured(reading, dictionary, unit, threshold)
