@@ -15,7 +15,7 @@ from torch import Tensor
 
 N_FOLDS = 5
 FEATURES_AT_ONCE = 2048  # bounds the float64 copy of the features
-MAX_NEWTON = 100
+MAX_NEWTON = 1024
 COSTS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # C: the inverse of the L2 penalty
 MAX_FEATURES, MIN_GAIN = 10, 0.03  # SAEBench's: features of one concept, in F1
 MAX_ABSORBERS, MIN_COSINE = 3, 0.1  # SAEBench's, of the fraction of absorption
@@ -92,26 +92,42 @@ class Probe(NamedTuple):
         return x.double() @ self.weight + self.bias
 
 
-def fit_probe(
-    x: Float[Tensor, "documents features"], positive: Bool[Tensor, " documents"], cost: float
-) -> Probe:
-    """Logistic regression with an L2 penalty on standardised features; both classes weigh alike.
+def fit_probes(
+    x: Float[Tensor, "documents features"],
+    positive: Bool[Tensor, " documents"],
+    costs: Sequence[float],
+) -> list[Probe]:
+    """Logistic regressions with an L2 penalty on standardised features, one per C.
 
-    The weights are those of the features as they are.
+    Both classes weigh alike. Each C starts from the solution of the one before. The weights are
+    those of the features as they are.
     """
     from sklearn.linear_model import LogisticRegression
 
     x = x.double()
     mean, scale = x.mean(dim=0), x.std(dim=0, correction=0)
     scale = torch.where(scale > 0, scale, 1.0)
-    # Newton's method solves a system as wide as the features, which are few but for dense probes.
+    standardised = ((x - mean) / scale).numpy()
+    # Activations are far from round, so that methods without second derivatives take a thousand
+    # steps. Newton's solves a system as wide as the features.
     solver = "newton-cholesky" if x.shape[1] <= MAX_NEWTON else "lbfgs"
     model = LogisticRegression(
-        C=cost, class_weight="balanced", solver=solver, tol=1e-8, max_iter=1000
+        class_weight="balanced", solver=solver, tol=1e-6, max_iter=1000, warm_start=True
     )
-    model.fit(((x - mean) / scale).numpy(), positive.numpy())
-    weight = torch.from_numpy(model.coef_[0]) / scale
-    return Probe(weight, float(model.intercept_[0]) - (weight @ mean).item(), cost)
+    probes = []
+    for cost in costs:
+        model.set_params(C=cost).fit(standardised, positive.numpy())
+        weight = torch.from_numpy(model.coef_[0].copy()) / scale
+        bias = float(model.intercept_[0]) - (weight @ mean).item()
+        probes.append(Probe(weight, bias, cost))
+    return probes
+
+
+def fit_probe(
+    x: Float[Tensor, "documents features"], positive: Bool[Tensor, " documents"], cost: float
+) -> Probe:
+    """`fit_probes` with one C."""
+    return fit_probes(x, positive, [cost])[0]
 
 
 def choose_cost(
@@ -121,14 +137,13 @@ def choose_cost(
     costs: Sequence[float] = COSTS,
 ) -> float:
     """The C of the smallest log loss on documents left out, both classes weighing alike."""
-    losses = []
-    for cost in costs:
-        score = torch.zeros(len(x), dtype=torch.float64)
-        for train, test in folds:
-            score[test] = fit_probe(x[train], positive[train], cost).score(x[test])
-        loss = torch.nn.functional.softplus(torch.where(positive, -score, score))
-        losses.append((loss[positive].mean() + loss[~positive].mean()).item())
-    return costs[int(np.argmin(losses))]
+    score = torch.zeros(len(costs), len(x), dtype=torch.float64)
+    for train, test in folds:
+        probes = fit_probes(x[train], positive[train], costs)
+        score[:, test] = torch.stack([probe.score(x[test]) for probe in probes])
+    loss = torch.nn.functional.softplus(torch.where(positive, -score, score))
+    losses = loss[:, positive].mean(dim=1) + loss[:, ~positive].mean(dim=1)
+    return costs[int(losses.argmin())]
 
 
 def cross_validated_probe(
