@@ -43,7 +43,13 @@ from sparse_coding.harvest import (
     take_sample,
 )
 from sparse_coding.models import check_hook, load_lm
-from sparse_coding.reporting import Reporter, print_card, print_plan, print_results
+from sparse_coding.reporting import (
+    Reporter,
+    print_card,
+    print_features,
+    print_plan,
+    print_results,
+)
 from sparse_coding.runs import Run, cache_settings, run_settings
 from sparse_coding.text import contexts, load_text, starts_with_bos
 from sparse_coding.training import Trainer, ladder, training_config
@@ -165,6 +171,20 @@ for hook_name, trainer in trainers.items():
 run.write_result("summary.json", results)
 run.write_result("results/feature_density.json", densities)
 print_results(results)
+
+# %% [markdown]
+# ## A few features
+# Drawn at random, not picked: features of the ratio nearest to 4 that fire on ten held-out tokens
+# or more, each in the three documents where it fires most strongly. What they stand for, beside
+# neurons and random directions, is measured by `analysis/`.
+
+# %%
+import torch
+
+name = min(saes, key=lambda name: abs(saes[name].d_sae / saes[name].d_in - 4))
+often = (measured[name].n_firings >= 10).nonzero().flatten()
+some = often[torch.randperm(len(often), generator=torch.Generator().manual_seed(0))[:6]]
+print_features(name, some, evaluation.strongest(saes[name], some, n=3), lm.tokenizer)
 
 # %% [markdown]
 # ## The first figures

@@ -53,11 +53,13 @@ class RunConfig:
 
     # what is learnt
     architecture: tuple[str, ...] = ("l1",)
-    """tied_l1, l1 (unit norm, resampling), norm_weighted_l1, topk, batch_topk or jumprelu."""
+    """tied_l1, l1 (unit norm, resampling), norm_weighted_l1, p_anneal, gated, topk, batch_topk,
+    matryoshka, jumprelu or jumprelu_target (its quadratic penalty)."""
     ratios: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     """Dictionary sizes as multiples of the layer's width."""
     target_l0: tuple[float, ...] = (30.0,)
-    """Mean active features per token to steer each SAE to (the k of topk and batch_topk).
+    """Mean active features per token to steer each SAE to (the k of topk, batch_topk,
+    matryoshka and jumprelu_target).
     Ignored where l1_coeffs is given."""
     l1_coeffs: tuple[float, ...] = ()
     """Fixed coefficients of the sparsity penalty (an L1 norm; jumprelu: L0) instead of target_l0;

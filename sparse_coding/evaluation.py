@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -67,6 +68,15 @@ class Losses(NamedTuple):
     kl: dict[str, Float[Tensor, " documents"]]
 
 
+class Firing(NamedTuple):
+    """A feature's activation on a token, and the tokens of its document around it."""
+
+    activation: float
+    tokens: list[int]
+    place: int
+    """Of the token that it fires on among `tokens`."""
+
+
 class Evaluation:
     """One hook's held-out batches; measures any number of dictionaries in one pass over them.
 
@@ -107,6 +117,45 @@ class Evaluation:
             _count(others, torch.zeros_like(document[:1]).expand(len(others)),
                    sums.excluded_inputs, sums.excluded)  # fmt: skip
         return sums
+
+    def strongest(
+        self, dictionary: Dictionary, features: Int[Tensor, " features"], n: int, radius: int = 8
+    ) -> list[list["Firing"]]:
+        """Of each feature its strongest firings, each in another document, at most n.
+
+        Keeps rows x features numbers.
+        """
+        f, place, document = [], [], []
+        for i, batch in enumerate(tqdm(self.batches, desc="contexts", unit="batch")):
+            acts = activations(self.lm, batch.tokens, [self.hook_name])[self.hook_name]
+            keep = kept_rows(acts, batch.valid.to(acts.device), self.max_norm)
+            for part in acts[keep].float().split(ROWS_AT_ONCE):
+                f.append(dictionary.encode(part)[:, features.to(part.device)].cpu())
+            keep = keep.cpu()
+            place += [(i, *where) for where in keep.nonzero().tolist()]
+            document.append(batch.document[keep])
+        values, of = torch.cat(f), torch.cat(document).numpy()
+        found: list[list[Firing]] = []
+        for column in values.T:
+            order = column.argsort(descending=True, stable=True)
+            _, first = np.unique(of[order], return_index=True)
+            rows = order[np.sort(first)[:n]].tolist()
+            found.append(
+                [self._firing(*place[row], column[row].item(), radius) for row in rows
+                 if column[row] > 0]
+            )  # fmt: skip
+        return found
+
+    def _firing(
+        self, batch: int, context: int, position: int, activation: float, radius: int
+    ) -> "Firing":
+        tokens, document, _ = (part[context] for part in self.batches[batch])
+        begin = max(0, position - radius)
+        around = slice(begin, position + radius + 1)
+        same = document[around] == document[position]
+        return Firing(
+            activation, tokens[around][same].tolist(), int(same[: position - begin].sum())
+        )
 
     def losses(
         self,

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from sparse_coding.cache import cache_bytes
 from sparse_coding.errors import UserError
+from sparse_coding.evaluation import Firing
 from sparse_coding.harvest import hook_width
 from sparse_coding.kernels import FAST_CLASSES
 from sparse_coding.metrics import dead_upper_bound
@@ -20,7 +21,7 @@ from sparse_coding.models import LanguageModel
 from sparse_coding.runs import Run, check_memory
 from sparse_coding.sae import ARCHITECTURES
 from sparse_coding.storage import fingerprint, read_json, write_json
-from sparse_coding.text import Card, CardRow, Text
+from sparse_coding.text import Card, CardRow, Text, Tokenizer
 from sparse_coding.training import SAESpec, training_bytes
 
 COLUMNS = {
@@ -131,6 +132,22 @@ class WandbSink:
 
 
 SINKS = {"tensorboard": TensorBoardSink, "wandb": WandbSink}
+
+
+def print_features(
+    name: str, features: Iterable[int], firings: list[list[Firing]], tokenizer: Tokenizer
+) -> None:
+    """Of each feature its strongest firings: the activation, and the token in its text."""
+    for feature, found in zip(features, firings, strict=True):
+        print(f"\nfeature {int(feature)} of {name}")
+        for one in found:
+            parts = (
+                one.tokens[: one.place],
+                one.tokens[one.place :][:1],
+                one.tokens[one.place + 1 :],
+            )
+            before, token, after = (tokenizer.decode(part).replace("\n", "⏎") for part in parts)
+            print(f"{one.activation:8.2f}  {before}[{token}]{after}")
 
 
 def print_results(rows: list[dict[str, Any]]) -> None:

@@ -18,7 +18,7 @@ No optimizer, no schedule and no device choice here: see `training`.
 
 from sparse_coding.saes.base import SAE, Loss, UntiedSAE
 from sparse_coding.saes.gated import GatedSAE
-from sparse_coding.saes.jumprelu import JumpReLU, JumpReLUSAE
+from sparse_coding.saes.jumprelu import JumpReLU, JumpReLUSAE, TargetJumpReLUSAE
 from sparse_coding.saes.l1 import L1SAE, NormWeightedL1SAE, PAnnealSAE, TiedL1SAE
 from sparse_coding.saes.matryoshka import MatryoshkaSAE
 from sparse_coding.saes.topk import BatchTopKSAE, TopKSAE, keep_largest
@@ -35,6 +35,7 @@ __all__ = [
     "MatryoshkaSAE",
     "NormWeightedL1SAE",
     "PAnnealSAE",
+    "TargetJumpReLUSAE",
     "TiedL1SAE",
     "TopKSAE",
     "UntiedSAE",
@@ -53,5 +54,6 @@ ARCHITECTURES: dict[str, type[SAE]] = {
         BatchTopKSAE,
         MatryoshkaSAE,
         JumpReLUSAE,
+        TargetJumpReLUSAE,
     )
 }

@@ -12,13 +12,15 @@ import torch
 from sparse_coding.formats.saelens import load_saelens, save_saelens
 from sparse_coding.kernels import make_adam, make_step
 from sparse_coding.kernels.reference import ReferenceStep
-from sparse_coding.sae import ARCHITECTURES, SAE, BatchTopKSAE
+from sparse_coding.sae import ARCHITECTURES, SAE, BatchTopKSAE, TargetJumpReLUSAE
 
 BATCH, D_IN, D_SAE = 7, 12, 20
 L1_COEFF = torch.tensor(0.3)
 
 
 K = {"k": 6}
+OWN = dict.fromkeys(("topk", "batch_topk", "matryoshka"), lambda sae: sae.aux_coeff)
+OWN["jumprelu_target"] = lambda sae: sae.target_coeff
 
 
 def make_sae(architecture: str) -> SAE:
@@ -139,7 +141,7 @@ def test_an_sae_depends_on_its_generator_only(sae):
 
 def test_the_losses_parts_add_up(sae, x):
     loss = sae.loss(x, L1_COEFF, dead=torch.arange(9))
-    coefficient = sae.aux_coeff if sae.sparsity_is_chosen else L1_COEFF
+    coefficient = OWN[sae.name](sae) if sae.sparsity_is_chosen else L1_COEFF
     parts = loss.mse + coefficient * loss.penalty
     if sae.name in ("gated", "matryoshka"):  # the gate's error; the mean error of all prefixes
         assert not torch.isclose(loss.total, parts)
@@ -157,7 +159,8 @@ def test_the_loss_is_a_mean_over_the_batch(sae, x):
     dead = torch.arange(9)
     per_row = torch.stack([sae.loss(row[None], L1_COEFF.double(), dead).total for row in x])
     is_mean = torch.isclose(sae.loss(x, L1_COEFF.double(), dead).total, per_row.mean())
-    assert is_mean != isinstance(sae, BatchTopKSAE)  # the batch shares its k
+    # the batch shares its k
+    assert is_mean != isinstance(sae, BatchTopKSAE | TargetJumpReLUSAE)
 
 
 def test_every_parameter_gets_a_gradient_from_the_loss(sae, x):

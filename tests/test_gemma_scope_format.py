@@ -128,7 +128,7 @@ def test_ours_encodes_and_decodes_alike_in_saelens(tmp_path, monkeypatch, folder
     assert (f > 0).any()
 
 
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "jumprelu"])
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if "jumprelu" not in name])
 def test_another_class_is_not_written(name, tmp_path):
     with pytest.raises(UserError, match="Gemma Scope has no .*; it can hold: JumpReLUSAE"):
         save_gemma_scope(ARCHITECTURES[name](12, 20), tmp_path / "a")

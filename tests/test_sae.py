@@ -302,6 +302,19 @@ def test_a_threshold_learns_from_the_entries_near_it_and_no_others():
     assert sae.threshold.grad.item() == pytest.approx(expected, rel=1e-6)
 
 
+def test_the_quadratic_penalty_is_an_l0_whose_price_rises_with_the_distance_from_k(x):
+    """d (l0 / k - 1)^2 = 2 / k (l0 / k - 1) d l0: the gradients are `jumprelu`'s at that price."""
+    sae, plain = make_sae("jumprelu_target"), make_sae("jumprelu")
+    l0 = (sae.encode(x) > 0).double().sum(dim=1).mean().item()
+    sae.k = 3
+    loss = sae.loss(x, L1_COEFF)
+    assert loss.penalty.item() == pytest.approx((l0 / 3 - 1) ** 2, rel=1e-12)
+    loss.total.backward()
+    plain.loss(x, 4 * D_IN * 2 / 3 * (l0 / 3 - 1)).total.backward()
+    for ours, theirs in zip(sae.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
 # One coefficient, one meaning.
 
 

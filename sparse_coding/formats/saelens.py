@@ -265,9 +265,11 @@ def _class_that_encodes_alike(
     cls = ARCHITECTURES.get(str(ours.get("class")))
     if cls is None or not _is_still(cls, ours, config, weights):
         cls = LAYOUTS[config["architecture"]].classes[config["apply_b_dec_to_input"]]
-    if issubclass(cls, BatchTopKSAE):
-        return cls, {name: ours[name] for name in ("k", "prefixes") if name in ours}
-    return cls, {"k": config["k"]} if cls.sparsity_is_chosen else {}
+    if not cls.sparsity_is_chosen:
+        return cls, {}
+    if "k" in LAYOUTS[config["architecture"]].integers:
+        return cls, {"k": config["k"]}
+    return cls, {name: ours[name] for name in ("k", "prefixes") if name in ours}
 
 
 def _is_still(
@@ -281,10 +283,11 @@ def _is_still(
         return False
     if issubclass(cls, TiedL1SAE):
         return torch.equal(weights["W_enc"], weights["W_dec"].T)
-    if issubclass(cls, BatchTopKSAE):
+    if architecture == "jumprelu" and cls.sparsity_is_chosen:
         is_shared = (weights["threshold"] == weights["threshold"][0]).all()
+        has_threshold = bool(is_shared) or not issubclass(cls, BatchTopKSAE)
         has_k = type(ours.get("k")) is int and ours["k"] > 0
-        return bool(is_shared) and has_k and _are_prefixes(cls, ours, config["d_sae"])
+        return has_threshold and has_k and _are_prefixes(cls, ours, config["d_sae"])
     return True
 
 
