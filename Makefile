@@ -33,7 +33,7 @@ test: .venv/installed-for-tests
 	@echo 'test: style'
 	@$(VENV) -m ruff check .
 	@echo 'test: pytest $(ARGS)'
-	@$(VENV) -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV) -m pytest -n 2 --dist loadfile $(ARGS)
 
 notebook: .venv/installed-for-tests
 	@echo 'notebook: making and executing easy_training_base.ipynb'

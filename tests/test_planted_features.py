@@ -9,7 +9,7 @@ from sparse_coding.sae import ARCHITECTURES
 from sparse_coding.training import SAESpec, Trainer, TrainingConfig
 
 D_IN, N_FEATURES, L0, RATIO = 32, 64, 3, 4
-N_STEPS, BATCH = 1500, 512
+N_STEPS, BATCH = 1000, 512
 
 
 @pytest.fixture(scope="module")
