@@ -70,8 +70,9 @@ class Config:
     n_draws: int = 1000
     """Bootstrap draws of the documents."""
     ratio: int = 0
-    """Of the run's SAEs the one of this ratio; 0: the nearest to 4."""
-    n_features: int = 600
+    """Of the run's SAEs the first of this ratio; 0: of the largest, which has the most features of
+    one concept."""
+    n_features: int = 2000
     """Of the run's features so many are looked at."""
     seed: int = 0
     """Of all that is drawn."""
@@ -102,6 +103,12 @@ def main(cfg: Config) -> None:
     import torch
     from tqdm import tqdm
 
+    found: list[Row] = []
+    device = "cpu"
+    if cfg.run is not None:
+        from analysis.validate_real import real_features
+
+        found, device = real_features(cfg)
     labels = corpus_like(cfg.n_documents)
     generator = torch.Generator().manual_seed(cfg.seed)
     weights = labels.draws(cfg.n_draws, generator)
@@ -109,12 +116,7 @@ def main(cfg: Config) -> None:
     checks = [separation, calibration, false_positives, density, repeats, superposition]
     for check in tqdm(checks, desc="checks", unit="check"):
         rows += check(cfg, labels, weights, generator)
-    device = "cpu"
-    if cfg.run is not None:
-        from analysis.validate_real import real_features
-
-        found, device = real_features(cfg)
-        rows += found
+    rows += found
     print_table("Does n_eff measure polysemanticity?", rows, TABLE, "95 % intervals in brackets")
     write_results(path, cfg, rows, device)
     missed = [f"{row['check']} ({row['of']})" for row in rows if row["passed"] is False]

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from safetensors import SafetensorError
+from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -271,3 +273,22 @@ def check_hook(lm: LanguageModel, hook_name: str) -> None:
         f"--hook-name {hook_name} does not exist in {lm.name}; {hint}It must be blocks.L.NAME "
         f"with L from 0 to {lm.n_layers - 1} and NAME one of {', '.join(in_a_block)}"
     )
+
+
+@torch.inference_mode()
+def direct_logits(
+    lm: LanguageModel, rows: Float[Tensor, "n d_model"]
+) -> Float[Tensor, "n vocabulary"]:
+    """What directions of the residual stream write straight to the logits.
+
+    Each row as the last norm sees it (centred where that is a LayerNorm, times its scale, but not
+    divided: that is one number for all logits), times the unembedding, minus the mean over the
+    vocabulary, which softmax does not see.
+    """
+    W_U = lm.model.W_U.float()
+    rows = rows.float().to(W_U.device)
+    if lm.model.cfg.normalization_type.startswith("LN"):
+        rows = rows - rows.mean(dim=1, keepdim=True)
+    scale = getattr(lm.model.ln_final, "weight", None)
+    logits = (rows if scale is None else rows * scale.float()) @ W_U
+    return logits - logits.mean(dim=1, keepdim=True)

@@ -46,10 +46,14 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: str | Path, content: Any) -> Path:
-    """Write `content` as readable JSON (NaN and infinity refused) and return the path."""
+def write_json(path: str | Path, content: Any, is_compact: bool = False) -> Path:
+    """Write `content` as readable JSON (NaN and infinity refused) and return the path.
+
+    Compact: without white space, for large files that programs read.
+    """
     path = Path(path)
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    form: dict[str, Any] = {"separators": (",", ":")} if is_compact else {"indent": 2}
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False, **form)
     with atomic_path(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
     return path
