@@ -8,7 +8,7 @@ VENV := .venv/bin/python
 PIP := $(VENV) -m pip install --disable-pip-version-check --no-input --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test notebook clean
+.PHONY: help demo test report notebook clean
 .NOTPARALLEL:
 
 # Packages of another environment must not shadow those of .venv.
@@ -17,6 +17,7 @@ unexport PYTHONHOME PYTHONPATH
 help:
 	@echo 'make demo      train autoencoders of ratios 1:1 to 1:32 on a real model, in minutes'
 	@echo 'make test      check format and style, run the tests'
+	@echo 'make report    draw every published figure from the committed numbers, and one page'
 	@echo 'make notebook  make easy_training_base.ipynb from the script and execute it'
 	@echo 'make clean     remove .venv and caches of tools; outputs/ stays'
 	@echo
@@ -34,6 +35,11 @@ test: .venv/installed-for-tests
 	@$(VENV) -m ruff check .
 	@echo 'test: pytest $(ARGS)'
 	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV) -m pytest -n 2 --dist loadfile $(ARGS)
+
+report: .venv/installed
+	@echo 'report: figures of outputs/published and benchmarks/results, outputs/published/report.html'
+	@$(VENV) -m data_visualization.report outputs/published benchmarks \
+	  outputs/published/smollm2-135m_blocks.12_5M $(ARGS)
 
 notebook: .venv/installed-for-tests
 	@echo 'notebook: making and executing easy_training_base.ipynb'

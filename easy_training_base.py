@@ -187,12 +187,15 @@ some = often[torch.randperm(len(often), generator=torch.Generator().manual_seed(
 print_features(name, some, evaluation.strongest(saes[name], some, n=3), lm.tokenizer)
 
 # %% [markdown]
-# ## The first figures
+# ## How training went, what they keep, how often features fire
+# All that a run has results for, on one page: `python -m data_visualization.report RUN_FOLDER`.
 
 # %%
-from data_visualization import fig_feature_density, fig_reconstruction, style
+from data_visualization import fig_feature_density, fig_reconstruction, fig_training, style
 
 figures = run.folder / "figures"
+log = style.read_lines(run.metrics)
+style.show(style.save(fig_training.draw(log), figures, "fig_training"))
 style.show(style.save(fig_reconstruction.draw(results), figures, "fig_reconstruction"))
 style.show(style.save(fig_feature_density.draw(densities), figures, "fig_feature_density"))
 print(f"everything is in {run.folder}")

@@ -100,6 +100,26 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
+def read_lines(path: Path) -> list[Row]:
+    """The rows of a file of JSON lines; a last line that was broken off is left out.
+
+    `ValueError` in one line if there are none, or another line is broken.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; give the folder of a run")
+    rows = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise ValueError(f"{path} is not valid JSON in line {number}") from None
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path} has no rows; expected one {{...}} in each line")
+    return rows
+
+
 def check_rows(rows: list[Row], text: Iterable[str], numbers: Iterable[str]) -> None:
     """`ValueError` naming the first row that lacks a key or holds no number where one belongs."""
     if not rows:
@@ -164,7 +184,9 @@ def main(draw: Callable[[list[Row]], Figure], source: str, name: str, descriptio
     )
     folder = parser.parse_args().run_folder
     try:
-        paths = save(draw(read_rows(folder / source)), folder / "figures", name)
+        path = folder / source
+        rows = read_lines(path) if path.suffix == ".jsonl" else read_rows(path)
+        paths = save(draw(rows), folder / "figures", name)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     for path in paths:

@@ -1,0 +1,269 @@
+"""Figures of training, quality, speed, splitting, descriptions; the page that holds them all."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from chromium import opened_pages
+from test_figures import ROOT, summary_row
+
+from data_visualization import (
+    fig_interpretability,
+    fig_quality,
+    fig_speed,
+    fig_splitting,
+    fig_training,
+    report,
+    style,
+)
+
+
+def logged(ratios=(1, 8), seeds=(0, 1), steps=(10, 20, 30)) -> list[dict]:
+    return [
+        {"name": f"l1_x{ratio:02d}_l0-30_s{seed}", "step": step, "n_tokens": 1000 * step,
+         "fvu": 1 / ratio / step + seed, "l0": 100 / step + ratio, "dead_fraction": 0.01 * seed}
+        for step in steps for ratio in ratios for seed in seeds
+    ]  # fmt: skip
+
+
+def lines(ax) -> dict[str, list[tuple[float, float]]]:
+    """By label the points of each line."""
+    return {
+        line.get_label(): list(zip(line.get_xdata(), line.get_ydata(), strict=True))
+        for line in ax.lines
+    }
+
+
+# --- figures -------------------------------------------------------------------------------------
+
+
+def test_training_draws_every_seed_and_the_mean():
+    fvu, l0, dead = fig_training.draw(logged()).axes
+    drawn = lines(fvu)
+    assert drawn["_l1_x08_l0-30_s1"] == [(1000 * n, 1 / 8 / n + 1) for n in (10, 20, 30)]
+    assert drawn["1:8"] == [(1000 * n, pytest.approx(1 / 8 / n + 0.5)) for n in (10, 20, 30)]
+    assert lines(l0)["1:1"][0] == (10_000, pytest.approx(11))
+    assert lines(dead)["1:1"][2] == (30_000, pytest.approx(0.005))
+    assert fvu.get_ylabel() == "fraction of variance unexplained"
+
+
+def test_training_means_are_of_steps_that_every_seed_has():
+    """A run that goes on may have logged one seed more than the other."""
+    rows = [row for row in logged() if not (row["name"].endswith("s1") and row["step"] == 30)]
+    fvu = fig_training.draw(rows).axes[0]
+    assert len(lines(fvu)["1:8"]) == 2
+    assert len(lines(fvu)["_l1_x08_l0-30_s0"]) == 3
+
+
+def test_settings_of_one_ratio_have_names_of_their_own():
+    more = [row | {"name": row["name"].replace("l0-30", "l0-60")} for row in logged()]
+    labels = lines(fig_training.draw(logged() + more).axes[0])
+    assert {"l1_x01_l0-30", "l1_x01_l0-60", "l1_x08_l0-30", "l1_x08_l0-60"} <= labels.keys()
+
+
+def test_a_name_without_a_ratio_is_refused():
+    with pytest.raises(ValueError, match="mine does not say its ratio"):
+        fig_training.draw([logged()[0] | {"name": "mine"}])
+
+
+def quality_row(library, seed, l0, fvu) -> dict:
+    return {"what": "sae", "architecture": "topk", "library": library, "seed": seed, "l0": l0,
+            "l0_low": l0 - 1, "l0_high": l0 + 1, "fvu": fvu, "fvu_low": fvu - 0.01,
+            "fvu_high": fvu + 0.01, "n_steps": 300, "ratio": 2, "n_tokens_eval": 20_000,
+            "n_documents_eval": 13}  # fmt: skip
+
+
+def test_quality_draws_each_library_where_its_row_says():
+    rows = [quality_row("ours", 0, 30, 0.2), quality_row("sae_lens", 0, 32, 0.3),
+            quality_row("sae_lens", 1, 33, 0.31)]  # fmt: skip
+    drawn = lines(fig_quality.draw(rows).axes[0])
+    assert drawn["this project"] == [(30, 0.2)]
+    assert drawn["SAELens"] == [(32, 0.3)]
+    assert drawn["_SAELens"] == [(33, 0.31)]
+    with pytest.raises(ValueError, match="no label for the library other"):
+        fig_quality.draw([quality_row("other", 0, 30, 0.2)])
+
+
+def test_speed_has_the_limit_line_and_both_ratios():
+    rows = style.read_rows(ROOT / "benchmarks/results/train_step.json")
+    left, right = fig_speed.draw(rows).axes
+    ours = {row["ratio"]: row for row in rows if row["method"] == "auto"}
+    limit = dict(lines(left)["limit: one product x W_enc"])
+    assert limit[32] == pytest.approx(ours[32]["tokens_per_s"] / ours[32]["encode_limit_fraction"])
+    assert dict(lines(left)["this project"])[8] == ours[8]["tokens_per_s"]
+    assert dict(lines(right)["peers in float32"])[16] == ours[16]["vs_fastest_fp32_peer"]
+    theirs = [row for row in rows if row["method"].startswith("sae_lens") and row["ratio"] == 4]
+    fastest = max(row["tokens_per_s"] for row in theirs if row["dtype"] == "float32")
+    assert dict(lines(left)["SAELens, float32"])[4] == fastest
+
+
+def probe_row(kind, family, ratio, **values) -> dict:
+    row = {"kind": kind, "concept": "all", "labels": "true", "family": family, "ratio": ratio,
+           "seed": "all", "n_concepts": 14, "n_documents": 2800, "n_seeds": 3}  # fmt: skip
+    for key, value in values.items():
+        row |= {key: value, f"{key}_low": value - 0.1, f"{key}_high": value + 0.1}
+    return row
+
+
+def test_splitting_shows_controls_and_children_of_other_seeds():
+    rows = [
+        probe_row(kind, family, ratio, **{key: value * ratio})
+        for kind, key in (("splitting", "n_needed"), ("absorption", "absorption"))
+        for family, value in (("sae", 1.0), ("untrained", 0.5))
+        for ratio in (1, 4)
+    ]
+    covers = {"best_covers": 0.7, "best_covers_silent": 0.2, "top_covers": 0.8,
+              "top_covers_silent": 0.3}  # fmt: skip
+    same_seed = dict.fromkeys(covers, 0.99)  # starts with the parent's rows: not drawn
+    for shares_start, values in ((False, covers), (True, same_seed)):
+        rows.append(probe_row("children", "sae", 4, **values) | {"shares_start": shares_start})
+    needed, children, absorbed = fig_splitting.draw(rows).axes
+    assert lines(needed)["trained"] == [(1, 1), (4, 4)]
+    assert lines(absorbed)["untrained"] == [(1, 0.5), (4, 2)]
+    assert lines(children)["best child"] == [(4, 0.7)]
+    assert lines(children)["best three, elsewhere"] == [(4, 0.3)]
+
+
+def description_rows() -> list[dict]:
+    about = {"name": "l1_x04_s0", "hook_name": "blocks.1.hook_resid_post", "ratio": 4, "seed": 0,
+             "n_units": 20, "n_tokens_eval": 4000, "n_groups_eval": 80}  # fmt: skip
+    rows = []
+    for n, family in enumerate(fig_interpretability.FAMILIES):
+        for negatives in fig_interpretability.NEGATIVES:
+            rows.append({"what": "description", "described_by": "rules", "negatives": negatives,
+                         "balanced_accuracy": 0.6 + n / 100})  # fmt: skip
+        for d in range(1, 11):
+            score = 0.5 + d / 100 + n / 1000
+            rows.append({"what": "decile", "decile": d, "balanced_accuracy": score})
+        rows.append({"what": "intruder", "decile": None, "intruder": "random", "token": "hidden",
+                     "accuracy": 0.3 + n / 100})  # fmt: skip
+        for row in rows:
+            row.setdefault("family", family)
+    for row in rows:
+        for key in ("balanced_accuracy", "accuracy"):
+            if key in row:
+                row |= {f"{key}_low": row[key] - 0.05, f"{key}_high": row[key] + 0.05}
+    return [about | row for row in rows]
+
+
+def test_interpretability_draws_scores_deciles_and_intruders():
+    axes = fig_interpretability.draw(description_rows()).axes
+    assert [y for _, y in lines(axes[0])["neurons"]] == [0.61]
+    assert len(axes) == 4 + 2
+    deciles = dict(lines(axes[4])["random directions"])
+    assert deciles[10] == pytest.approx(0.602)
+    assert [y for _, y in lines(axes[5])["SAE features"]] == [0.3]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "has no rows"),
+        ('{"a": 1}\nnonsense\n{"b": 1}\n', "is not valid JSON in line 2"),
+        ("[1]\n", "has no rows"),
+    ],
+)
+def test_broken_logs_are_one_line(tmp_path, text, message):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        style.read_lines(path)
+
+
+def test_a_line_that_is_being_written_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"a": 1}\n{"a": 2}\n{"a": ')
+    assert style.read_lines(path) == [{"a": 1}, {"a": 2}]
+
+
+# --- the page ------------------------------------------------------------------------------------
+
+
+def run_report(*folders) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "data_visualization.report", *map(str, folders)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A run with a log, a summary, one broken file and one of another version."""
+    run = tmp_path / "run<b>"
+    (run / "results").mkdir(parents=True)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in logged()))
+    rows = [summary_row(r, 30, name=f"<script>{r}</script>", target_l0=30.0) for r in (1, 8)]
+    content = {"config": {"lm": "<img src=x>"}, "environment": {"device": "cpu"}, "rows": rows}
+    (run / "summary.json").write_text(json.dumps(content))
+    (run / "config.json").write_text(json.dumps({"config": {"ratios": [1, 8]}}))
+    (run / "results/consistency.json").write_text('{"rows": [')
+    old = {"rows": [{"what": "family", "n_units": 3}]}
+    (run / "results/polysemanticity.json").write_text(json.dumps(old))
+    return run
+
+
+def test_what_is_broken_or_missing_is_said_and_the_rest_drawn(folder):
+    done = run_report(folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    said = done.stdout.splitlines()
+    assert "fig_training" in said
+    assert "fig_reconstruction" in said
+    assert sum(line.startswith("not drawn: fig_consistency; ") for line in said) == 1
+    assert any(line.startswith("not drawn: fig_polysemanticity; ") for line in said)
+    assert f"missing: fig_find_units; python -m analysis.find_units {folder}" in said
+    page = (folder / "report.html").read_text()
+    assert "is not valid JSON" in page
+    assert len(re.findall(r"data:image/png;base64,", page)) == 2
+    assert "[0.96" not in page
+    assert "0.3 [0.288, 0.315]" in page  # FVU of ratio 1 with its interval
+    assert page.count("<script") == 0
+    assert "&lt;script&gt;8&lt;/script&gt;" in page
+    assert "&lt;img src=x&gt;" in page
+
+
+def test_the_same_results_give_the_same_bytes(folder):
+    run_report(folder)
+    names = ["report.html", "figures/fig_training.png", "figures/fig_training.pdf"]
+    before = [(folder / name).read_bytes() for name in names]
+    run_report(folder)
+    assert [(folder / name).read_bytes() for name in names] == before
+
+
+def test_results_are_looked_for_in_other_folders_too(folder, tmp_path):
+    other = tmp_path / "other"
+    (other / "results").mkdir(parents=True)
+    content = {"rows": [quality_row("ours", 0, 30, 0.2)]}
+    (other / "results/quality.json").write_text(json.dumps(content))
+    assert "fig_quality" in run_report(folder, other).stdout.splitlines()
+    assert (folder / "figures/fig_quality.png").is_file()
+
+
+def test_nothing_to_draw_is_an_error_in_one_line(tmp_path):
+    done = run_report(tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.strip() == f"error: {tmp_path} has no results that could be drawn"
+    assert (
+        run_report(tmp_path / "none").stderr.strip() == f"error: {tmp_path / 'none'} is no folder"
+    )
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_every_figure_is_in_the_report():
+    modules = {path.stem for path in (ROOT / "data_visualization").glob("fig_*.py")}
+    assert {entry.figure for entry in report.ENTRIES} == modules
+
+
+def test_the_page_opens_without_asking_for_anything(folder):
+    run_report(folder)
+    with opened_pages() as new_page:
+        page = new_page()
+        page.goto((folder / "report.html").as_uri())
+        assert page.locator("h1").inner_text() == "run<b>"
+        assert page.locator("img").count() == 2
+        widths = page.eval_on_selector_all("img", "images => images.map(i => i.naturalWidth)")
+        assert min(widths) > 800
+        page.click("#fig_training summary")
+        assert page.locator("#fig_training table tr").count() == 1 + 12
+        assert page.said == []
+        assert [url for url in page.asked if not url.startswith(("file:", "data:"))] == []
