@@ -13,7 +13,8 @@ searched in the same way: how good the best of so many must be by chance. Rows o
   firings in each named concept; lift_CONCEPT, its rate there over that in all else (none where it
   fires nowhere else), with a one-sided 95 % bound; auroc_CONCEPT of the document's largest
   activation; n_eff; `role`: "several" (one unit for all) or the concept that it was found for;
-- context: the text around its largest activations in a document of each concept.
+- context: the text around its largest activations in a document of each concept;
+- histogram: firings of a concept (or of all `others`) in a bin of activation.
 
 Writes results/find_units.json.
 """
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from sparse_coding.dictionary import Dictionary
     from sparse_coding.unit_activity import Activity
 
+N_BINS = 20  # of a histogram of activations
 WINDOW = 12  # tokens before the largest activation in a context; half as many after
 
 
@@ -150,7 +152,11 @@ def search(
     about = {"family": name, "n_searched": dictionary.d_sae, "split": "sources B"}
     for row, (unit, role) in zip(rows, chosen, strict=True):
         row |= about | {"unit": unit, "role": role}
-    return rows + context_rows(cfg, reading, values, rows, named)
+    return [
+        *rows,
+        *context_rows(cfg, reading, values, rows, named),
+        *histogram_rows(cfg, reading, values, thresholds[0, units], rows, named),
+    ]
 
 
 def least_lift(active: "Tensor", labels, named: list[int]) -> "Tensor":
@@ -227,6 +233,34 @@ def context_rows(
                  "token": decode(text[place : place + 1]),
                  "after": decode(text[place + 1 : place + 1 + WINDOW // 2])}
             )  # fmt: skip
+    return rows
+
+
+def histogram_rows(
+    cfg: Config, reading: "ConceptReading", values: "Tensor", threshold: "Tensor",
+    units: list[Row], named: list[int],
+) -> list[Row]:  # fmt: skip
+    """Firings of each unit in `N_BINS` equal widths, from its threshold to its largest."""
+    import numpy as np
+
+    b = reading.heldout
+    concept = b.labels.concept[b.document].numpy()
+    groups = {name: concept == c for name, c in zip(cfg.concepts, named, strict=True)}
+    groups["others"] = ~np.isin(concept, named)
+    rows = []
+    for j, unit in enumerate(units):
+        column, cut = values[:, j].numpy(), threshold[j].item()
+        if not (column > cut).any():  # nor where it has no threshold, nan
+            continue
+        edges = np.linspace(cut, column.max(), N_BINS + 1)
+        about = {key: unit[key] for key in ("family", "unit", "role", "split")}
+        for name, of_group in groups.items():
+            counts, _ = np.histogram(column[of_group & (column > cut)], edges)
+            for low, high, n in zip(edges[:-1], edges[1:], counts.tolist(), strict=True):
+                rows.append(
+                    {"what": "histogram", **about, "concept": name, "low": float(low),
+                     "high": float(high), "n_firings": n}
+                )  # fmt: skip
     return rows
 
 

@@ -11,7 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from data_visualization.style import (
-    GREY,
     LOOK,
     WIDTH,
     Row,
@@ -37,7 +36,7 @@ FAMILIES = {
     "mlp_neurons": ("MLP neurons", "C2", "P"),
 }
 AIM = 4  # the ratio that families are set against is the nearest to it
-DENSE, NULL = "dense probe", "SAE, labels shuffled"
+DENSE = "dense probe"
 
 
 def draw(rows: list[Row]) -> Figure:
@@ -84,22 +83,20 @@ def summed_up(rows: list[Row]) -> list[Row]:
 def draw_panel(ax: Axes, rows: list[Row], measure: str, ratios: list[int]) -> None:
     """The SAEs of these ratios; of one ratio also what has no ratio or that one."""
     true = [row for row in rows if row["labels"] == "true"]
-    null = [row for row in rows if row["labels"] != "true" and row["family"] == "sae"]
     ks = sorted({row["k"] for row in true if row["family"] != "dense"})
     for row in (row for row in true if row["family"] == "dense"):
         low, high = row[f"{measure}_low"], row[f"{measure}_high"]
         ax.axhspan(low, high, color="0.93", linewidth=0, label="_interval")
         ax.axhline(row[measure], color="0.2", linestyle="--", label=DENSE)
-    series = [(true, "sae", r, f"SAE {ratio_label(r)}", ratio_colour(r), "o") for r in ratios]
+    series = [("sae", r, f"SAE {ratio_label(r)}", ratio_colour(r), "o") for r in ratios]
     if len(ratios) == 1:
         series += [
-            (true, family, ratio, *look)
+            (family, ratio, *look)
             for family, look in FAMILIES.items()
             for ratio in (*ratios, None)
         ]
-    series.append((null, "sae", ratios[0], NULL, GREY, ""))
-    for i, (of, family, ratio, label, colour, marker) in enumerate(series):
-        found = [row for row in of if row["family"] == family and row["ratio"] == ratio]
+    for i, (family, ratio, label, colour, marker) in enumerate(series):
+        found = [row for row in true if row["family"] == family and row["ratio"] == ratio]
         shift = 1.045 ** (i - (len(series) - 1) / 2)  # intervals beside each other
         for start, line in enumerate(by_seed(found)):
             values = [row[measure] for row in line]
@@ -113,7 +110,8 @@ def draw_panel(ax: Axes, rows: list[Row], measure: str, ratios: list[int]) -> No
     ax.set_xscale("log", base=2)
     ax.set_xticks(ks, [f"{k:g}" for k in ks])
     ax.minorticks_off()
-    ax.set_ylim(None, 1.02)
+    low, high = ax.get_ylim()
+    ax.set_ylim(low, min(high, 1.002 + 0.02 * (1 - low)))
     ax.set_ylabel(MEASURES[measure])
 
 
@@ -138,12 +136,16 @@ def small_print(rows: list[Row]) -> str:
     bars = "bootstrap over documents within concepts"
     if max(seeds) > 1:
         bars += f" (families) or Student's t over {max(seeds)} seeds (SAEs)"
+    null = [row["auroc"] for row in rows if row["labels"] != "true" and row["family"] == "sae"]
+    shuffled = (
+        f" With labels shuffled, SAEs' AUROC is {span(null, '{:.2f}'.format)}." if null else ""
+    )
     return (
         f"{models}, {hooks}. Means over {numbers('n_concepts')} concepts, each against the rest. "
         "Probes are logistic regressions on k features averaged over a document's tokens; "
         f"features and penalty are chosen on {numbers('n_documents_fit')} documents of sources A, "
         f"scores are of {numbers('n_documents')} of sources B. Dashed: a probe of all residual "
-        f"dimensions. Bars: 95 % intervals, {bars}. Higher is better."
+        f"dimensions. Bars: 95 % intervals, {bars}. Higher is better.{shuffled}"
     )
 
 

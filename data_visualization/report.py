@@ -71,6 +71,8 @@ ENTRIES = (
     Entry("fig_find_units", "results/find_units.json",
           "One neuron for several things, one feature for each",
           f"python -m analysis.find_units {RUN}"),
+    Entry("fig_histogram", "results/find_units.json", "Weak and strong firings by concept",
+          f"python -m analysis.find_units {RUN}"),
     Entry("fig_interpretability", "results/interpret_units.json",
           "How well words say what units fire on", f"python -m analysis.interpret_units {RUN}"),
     Entry("fig_probe_concepts", "results/probe_concepts.json", "Concepts read from few features",

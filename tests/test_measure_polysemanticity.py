@@ -11,7 +11,7 @@ from analysis import validate_polysemanticity as validate
 from analysis.find_units import least_lift
 from analysis.unit_scores import Mean, mean_over_seeds
 from analysis.units import concept_contexts
-from data_visualization import fig_find_units, fig_polysemanticity
+from data_visualization import fig_find_units, fig_histogram, fig_polysemanticity
 from sparse_coding import polysemanticity
 from sparse_coding.models import load_lm
 
@@ -304,3 +304,33 @@ def test_the_figure_of_found_units_shows_their_shares(searched):
     assert texts[:4] == [f"{shown[0][f'share_{name}']:.0%}" for name in FOUR]
     with pytest.raises(ValueError, match="no rows"):
         fig_find_units.draw([])
+
+
+def test_histograms_hold_every_firing_once(searched):
+    _, rows = searched
+    units = [row for row in rows if row["what"] == "unit"]
+    bins = [row for row in rows if row["what"] == "histogram"]
+    for unit in units:
+        same = [row for row in bins if all(row[k] == unit[k] for k in ("family", "unit", "role"))]
+        assert sum(row["n_firings"] for row in same) == unit["n_firings"]
+        for name in FOUR:
+            n = sum(row["n_firings"] for row in same if row["concept"] == name)
+            if unit["n_firings"]:
+                assert n / unit["n_firings"] == pytest.approx(unit[f"share_{name}"])
+
+
+def test_the_histogram_stacks_the_concepts(searched):
+    _, rows = searched
+    bins = [row for row in rows if row["what"] == "histogram"]
+    figure = fig_histogram.draw(rows)
+    ax = figure.axes[0]
+    unit = next(row for row in bins if row["role"] == "several" and row["family"] == "mlp_neurons")
+    same = [row for row in bins if all(row[k] == unit[k] for k in ("family", "unit", "role"))]
+    assert ax.get_title() == f"MLP neuron {unit['unit']}"
+    bars = [bar for container in ax.containers for bar in container]
+    assert sum(bar.get_height() for bar in bars) == sum(row["n_firings"] for row in same)
+    low = same[0]["low"]
+    tops = [bar.get_y() + bar.get_height() for bar in bars if bar.get_x() == low]
+    assert max(tops) == sum(row["n_firings"] for row in same if row["low"] == low)
+    with pytest.raises(ValueError, match="no rows"):
+        fig_histogram.draw([])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from sparse_coding.config import parse_config
+from sparse_coding.metrics import t_interval
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -236,6 +237,69 @@ def test_the_tables_of_polysemanticity_are_the_programs():
     )  # fmt: skip
     low, high = (f"{100 * card[f'accuracy_{end}']:.1f}" for end in ("low", "high"))
     assert f"{100 * card['accuracy']:.1f} % [{low}, {high}] of {card['accuracy_n']:,}" in section
+
+
+def lines_of(section):
+    found = README.split(section)[1].split("\n### ")[0]
+    return [line for line in found.splitlines() if line.startswith("| ")]
+
+
+def test_the_tables_of_probes_are_the_programs():
+    found = lines_of("### How few features tell")
+    rows = published("probe_concepts")
+    true = [row for row in rows if row["labels"] == "true" and row["seed"] in ("all", None)]
+    probes = {
+        (row["family"], row["ratio"], row["k"]): row for row in true if row["kind"] == "probe"
+    }
+    expected = set()
+    for family, ratio, k in probes:
+        if k == 1:
+            of = [probes[family, ratio, n] for n in (1, 5, 16)]
+            scores = [with_interval(row, "auroc", "{:.3f}") for row in of]
+            cells = [f"1:{ratio}" if ratio else "-", scores[0]]
+            cells += [with_interval(of[0], "minus_random", "{:+.3f}"), *scores[1:]]
+            expected.add(" | ".join(cells))
+    shown = {line.strip("| ").split(" | ", 1)[1] for line in found}
+    assert len(expected) == 12 and expected <= shown
+    (dense,) = (row for row in true if row["family"] == "dense")
+    assert f"- | - | - | - | {with_interval(dense, 'auroc', '{:.3f}')}" in shown
+
+    for row in true:
+        if row["kind"] == "splitting":
+            same = [
+                one for one in rows if one["kind"] == "absorption" and one["seed"] == "all"
+                and (one["family"], one["ratio"]) == (row["family"], row["ratio"])
+            ]  # fmt: skip
+            cells = [f"1:{row['ratio']}", with_interval(row, "n_needed", "{:.2f}")]
+            for labels in ("true", "shuffled"):
+                (one,) = (one for one in same if one["labels"] == labels)
+                cells.append(with_interval(one, "absorption", "{:.3f}"))
+            assert " | ".join(cells) in shown
+
+
+def test_the_table_of_descriptions_is_the_programs():
+    found = lines_of("### How well do words say")
+    rows = published("interpret_units")
+    names = {"SAE features": "sae", "neurons": "neuron_basis"}
+    names |= {"random directions": "random_directions"}
+    n = 0
+    for line in found:
+        ratio, name, *cells = line.strip("| ").split(" | ")
+        if name not in names:
+            continue
+        n += 1
+        of = [row for row in rows if row["family"] == names[name] and f"1:{row['ratio']}" == ratio]
+        rules = [row for row in of if row.get("described_by") == "rules"]
+        columns = [
+            [row["balanced_accuracy"] for row in rules if row["negatives"] == kind]
+            for kind in ("random", "near_miss", "same_previous", "same_token")
+        ]
+        hidden = [row for row in of if row["what"] == "intruder" and row["token"] == "hidden"]
+        columns.append([row["accuracy"] for row in hidden if row["intruder"] == "random"])
+        for cell, values, digits in zip(cells, columns, (3, 3, 3, 3, 2), strict=True):
+            mean = t_interval(values)
+            assert cell == f"{mean[0]:.{digits}f} [{mean[1]:.{digits}f}, {mean[2]:.{digits}f}]"
+    assert n == 9
 
 
 def test_the_table_of_saebench_is_the_benchmarks():
