@@ -49,16 +49,22 @@ def draw(rows: list[Row]) -> Figure:
     `ValueError` if a key is missing.
     """
     check_rows(rows, OTHER, NUMBERS)
+    return draw_measures(rows, MEASURES)
+
+
+def draw_measures(rows: list[Row], measures: dict[str, str]) -> Figure:
+    """A column of panels for each measure, with its label; every row has it with an interval."""
     by_ratio = compares_ratios(rows)
     hooks = list(dict.fromkeys(row["hook_name"] for row in rows))
     marker = markers(row["architecture"] for row in rows)
     with matplotlib.rc_context(LOOK):
         figure = Figure(figsize=(WIDTH, 0.7 + 2.3 * len(hooks)))
-        panels = figure.subplots(len(hooks), len(MEASURES), squeeze=False)
+        panels = figure.subplots(len(hooks), len(measures), squeeze=False)
         for hook, line in zip(hooks, panels, strict=True):
             of_hook = [row for row in rows if row["hook_name"] == hook]
-            for measure, ax in zip(MEASURES, line, strict=True):
+            for (measure, label), ax in zip(measures.items(), line, strict=True):
                 draw_panel(ax, of_hook, measure, marker, by_ratio)
+                ax.set_ylabel(label)
             if len(hooks) > 1:
                 line[0].set_title(hook)
         draw_legend(figure, rows, marker, by_ratio)
@@ -85,7 +91,6 @@ def draw_panel(
         ax.plot(xs, ys, color=colour, linewidth=0.8, zorder=1.5, label="_line")
     scale_y(ax, rows, measure)
     scale_x(ax, rows, by_ratio)
-    ax.set_ylabel(MEASURES[measure])
 
 
 def draw_point(ax: Axes, row: Row, x: str, y: str, marker: str) -> None:

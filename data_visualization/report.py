@@ -59,6 +59,8 @@ TRAIN = "python easy_training_base.py"
 ENTRIES = (
     Entry("fig_training", "metrics.jsonl", "How training went", TRAIN),
     Entry("fig_reconstruction", "summary.json", "What the dictionaries keep", TRAIN),
+    Entry("fig_sparsity", "summary.json", "What sparsity costs the model", TRAIN),
+    Entry("fig_layers", "summary.json", "Layer by layer", TRAIN),
     Entry("fig_feature_density", "results/feature_density.json", "How often features fire", TRAIN),
     Entry("fig_baselines", "results/compare_baselines.json",
           "Beside PCA, ICA, neurons and random directions",

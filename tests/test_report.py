@@ -1,6 +1,7 @@
 """Figures of training, quality, speed, splitting, descriptions; the page that holds them all."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -11,7 +12,9 @@ from test_figures import ROOT, summary_row
 
 from data_visualization import (
     fig_interpretability,
+    fig_layers,
     fig_quality,
+    fig_sparsity,
     fig_speed,
     fig_splitting,
     fig_training,
@@ -97,6 +100,31 @@ def test_speed_has_the_limit_line_and_both_ratios():
     theirs = [row for row in rows if row["method"].startswith("sae_lens") and row["ratio"] == 4]
     fastest = max(row["tokens_per_s"] for row in theirs if row["dtype"] == "float32")
     assert dict(lines(left)["SAELens, float32"])[4] == fastest
+
+
+def test_layers_are_groups_of_bars_from_zero():
+    rows = [
+        summary_row(ratio, 30, hook_name=f"blocks.{layer}.hook_resid_post", dead_fraction=0.1,
+                    n_documents_eval=17, fvu=0.1 * layer / ratio + seed / 100)
+        for layer in (3, 9) for ratio in (1, 4) for seed in (0, 1)
+    ]  # fmt: skip
+    fvu = fig_layers.draw(rows).axes[0]
+    heights = {c.get_label(): [bar.get_height() for bar in c] for c in fvu.containers}
+    assert heights["1:4"] == [pytest.approx(0.3 / 4 + 0.005)]
+    assert len(fvu.containers) == 4
+    assert [text.get_text() for text in fvu.get_xticklabels()] == ["3.post", "9.post"]
+    assert fvu.get_ylim()[0] == 0
+
+
+def test_sparsity_shows_divergence_and_perplexity_above_the_clean_one():
+    rows = [summary_row(4, l0, 30 / l0, kl=3 / l0, kl_low=2 / l0, kl_high=4 / l0)
+            for l0 in (10.0, 40.0)]  # fmt: skip
+    kl, perplexity = fig_sparsity.draw(rows).axes
+    name = f"_{rows[0]['name']}"
+    assert lines(kl)[name] == [(10, 0.3)]
+    expected = math.exp(rows[0]["ce_clean"] + rows[0]["nats_lost"])
+    assert lines(perplexity)[name] == [(10, pytest.approx(expected))]
+    assert lines(perplexity)["clean"][0][1] == pytest.approx(math.exp(rows[0]["ce_clean"]))
 
 
 def probe_row(kind, family, ratio, **values) -> dict:
@@ -192,7 +220,8 @@ def folder(tmp_path):
     run = tmp_path / "run<b>"
     (run / "results").mkdir(parents=True)
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in logged()))
-    rows = [summary_row(r, 30, name=f"<script>{r}</script>", target_l0=30.0) for r in (1, 8)]
+    more = {"target_l0": 30.0, "kl": 1.0, "kl_low": 0.9, "kl_high": 1.1}
+    rows = [summary_row(r, 30, name=f"<script>{r}</script>", **more) for r in (1, 8)]
     content = {"config": {"lm": "<img src=x>"}, "environment": {"device": "cpu"}, "rows": rows}
     (run / "summary.json").write_text(json.dumps(content))
     (run / "config.json").write_text(json.dumps({"config": {"ratios": [1, 8]}}))
@@ -214,7 +243,7 @@ def test_what_is_broken_or_missing_is_said_and_the_rest_drawn(folder):
     assert f"missing: fig_find_units; python -m analysis.find_units {folder}" in said
     page = (folder / "report.html").read_text()
     assert "is not valid JSON" in page
-    assert len(re.findall(r"data:image/png;base64,", page)) == 2
+    assert len(re.findall(r"data:image/png;base64,", page)) == 3
     assert "[0.96" not in page
     assert "0.3 [0.288, 0.315]" in page  # FVU of ratio 1 with its interval
     assert page.count("<script") == 0
@@ -260,7 +289,7 @@ def test_the_page_opens_without_asking_for_anything(folder):
         page = new_page()
         page.goto((folder / "report.html").as_uri())
         assert page.locator("h1").inner_text() == "run<b>"
-        assert page.locator("img").count() == 2
+        assert page.locator("img").count() == 3
         widths = page.eval_on_selector_all("img", "images => images.map(i => i.naturalWidth)")
         assert min(widths) > 800
         page.click("#fig_training summary")
