@@ -142,6 +142,7 @@ class Collector:
                     "feature": feature,
                     "histogram": self._histogram(column, column_b),
                     "examples": self._examples(feature, column) | {"near_miss": misses},
+                    "on_concepts": self.concept_shown.strongest(column_b, N_BESIDE),
                     **{key: judged_as[j][key] for key in ("concepts", "precision")},
                     **companions[j],
                     "logits": logits[j],

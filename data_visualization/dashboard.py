@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ COLUMNS = (
     "feature", "density", "n_firings", "max", "top_token", "n_eff", "n_eff_low", "n_eff_high",
     "concept", "auroc", "auroc_low", "auroc_high", "interpretability", "description",
 )  # fmt: skip
+CHUNK = 32  # features of one file
 COMMAND = "python -m analysis.collect_dashboard"
 
 
@@ -43,7 +45,8 @@ def index_of(source: Path) -> dict[str, Any]:
     """The index by columns, which is half as long as by rows."""
     content = read(source / "index.json")
     rows = content.get("rows") if isinstance(content, dict) else None
-    if not rows or not isinstance(content.get("about"), dict):
+    is_list = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+    if not rows or not is_list or not isinstance(content.get("about"), dict):
         raise ValueError(f"{source / 'index.json'} lists no features; collect it anew")
     missing = [key for key in COLUMNS if any(key not in row for row in rows)]
     if missing:
@@ -53,42 +56,73 @@ def index_of(source: Path) -> dict[str, Any]:
         )
     columns = {key: [row[key] for row in rows] for key in COLUMNS}
     more = {key: content.get(key, {}) for key in ("config", "environment")}
-    return {"about": content["about"], "columns": columns, **more}
+    return {"about": content["about"], "chunk": CHUNK, "columns": columns, **more}
+
+
+def contents(source: Path) -> Iterator[tuple[str, Any]]:
+    """Name and content of every script of the site's data but `sites`."""
+    index = index_of(source)
+    yield "index", index
+    yield "prompts", read(source / "prompts.json")
+    features = index["columns"]["feature"]
+    for number, first in enumerate(range(0, len(features), CHUNK)):
+        name = f"features/{number:05d}"
+        chunk, due = read(source / f"{name}.json"), features[first : first + CHUNK]
+        is_list = isinstance(chunk, list) and all(isinstance(entry, dict) for entry in chunk)
+        if not is_list or [entry.get("feature") for entry in chunk] != due:
+            raise ValueError(f"{source / name}.json is not what index.json lists; collect it anew")
+        yield name, chunk
 
 
 def build(source: Path, target: Path) -> Path:
     """Write the site of one dictionary into `target`, whole or not at all; returns its page."""
-    index = index_of(source)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary, old = (
+        target.with_name(f".{target.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old")
+    )
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         shutil.copytree(SITE, temporary)
         (temporary / "data" / "features").mkdir(parents=True)
-        write = {"index": index, "prompts": read(source / "prompts.json")}
-        for name, content in write.items():
-            path = temporary / "data" / f"{name}.js"
-            path.write_text(as_script(name, content), encoding="ascii")
-        for chunk in sorted((source / "features").glob("*.json")):
-            name = f"features/{chunk.stem}"
-            path = temporary / "data" / f"{name}.js"
-            path.write_text(as_script(name, read(chunk)), encoding="ascii")
-        shutil.rmtree(target, ignore_errors=True)
+        for name, content in contents(source):
+            write_script(temporary, name, content)
+        write_script(temporary, "sites", [])
+        if target.exists():
+            target.rename(old)
         temporary.rename(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not target.exists():
+            old.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    tell_sites(target.parent)
     return target / "index.html"
+
+
+def tell_sites(folder: Path) -> None:
+    """Tell every site of a folder which ones stand beside it: a page cannot look by itself."""
+    names = sorted(path.parents[1].name for path in folder.glob("[!.]*/data/index.js"))
+    for name in names:
+        write_script(folder / name, "sites", names)
+
+
+def write_script(site: Path, name: str, content: Any) -> None:
+    """`site`/data/`name`.js, whole or not at all."""
+    path = site / "data" / f"{name}.js"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(as_script(name, content), encoding="ascii")
+    os.replace(temporary, path)
 
 
 def sources(folder: Path, name: str | None) -> list[Path]:
     """Collected data of all dictionaries of a run folder, or of one."""
     collected = folder / "results" / "dashboard"
     found = sorted(path.parent for path in collected.glob("*/index.json"))
-    if name is not None:
-        found = [path for path in found if path.name == name]
     if not found:
-        what = f"{collected / name}" if name else f"{collected}"
-        raise ValueError(f"{what} holds no collected data; write them with {COMMAND} {folder}")
-    return found
+        raise ValueError(f"{collected} holds no data of a dictionary; {COMMAND} writes them")
+    names = [path.name for path in found]
+    if name is not None and name not in names:
+        raise ValueError(f"no data of {name} were collected; there are {', '.join(names)}")
+    return [path for path in found if name in (None, path.name)]
 
 
 def main() -> None:
@@ -105,10 +139,16 @@ def main() -> None:
         existing = [str(target) for target in targets if target.exists()]
         if existing and not arguments.overwrite:
             raise ValueError(f"{', '.join(existing)} exists; give --overwrite to replace it")
-        for source, target in zip(found, targets, strict=True):
-            print(build(source, target))
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         sys.exit(f"error: {error}")
+    failed = False
+    for source, target in zip(found, targets, strict=True):
+        try:
+            print(build(source, target))
+        except (ValueError, OSError) as error:  # the others are built all the same
+            print(f"error: {error}", file=sys.stderr)
+            failed = True
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,11 @@ from matplotlib.figure import Figure
 from data_visualization.style import LOOK, WIDTH, Row, caption, check_rows, count, main, span
 
 TEXT = ("architecture", "library", "seed")
-NUMBERS = ("l0", "l0_low", "l0_high", "fvu", "fvu_low", "fvu_high", "n_steps", "ratio",
-           "n_tokens_eval", "n_documents_eval")  # fmt: skip
+NUMBERS = ("l0", "l0_low", "l0_high", "fvu", "fvu_low", "fvu_high", "nats_lost", "nats_lost_low",
+           "nats_lost_high", "n_steps", "ratio", "n_tokens_eval", "n_documents_eval",
+           "n_tokens_ce")  # fmt: skip
+MEASURES = {"fvu": "FVU", "nats_lost": "nats lost"}
+N_COLUMNS = 4
 LIBRARIES = {
     "ours": ("this project", "#0072b2", "o"),
     "sae_lens": ("SAELens", "#d55e00", "s"),
@@ -27,7 +30,7 @@ TITLES = {
 
 
 def draw(rows: list[Row]) -> Figure:
-    """A panel per architecture: one point per library and seed; bars are over documents.
+    """Per architecture a panel of FVU, one of nats lost: a point per library and seed.
 
     `ValueError` if a key is missing or a library has no label.
     """
@@ -38,23 +41,24 @@ def draw(rows: list[Row]) -> Figure:
     if unknown:
         raise ValueError(f"there is no label for the library {min(unknown)}")
     names = list(dict.fromkeys(row["architecture"] for row in saes))
-    n_columns = 4
-    n_rows = -(-len(names) // n_columns)
+    n_blocks = -(-len(names) // N_COLUMNS)
+    handles = {}
     with matplotlib.rc_context(LOOK):
-        figure = Figure(figsize=(WIDTH, 0.9 + 1.65 * n_rows))
-        axes = figure.subplots(n_rows, n_columns, squeeze=False).flatten()
-        for ax, name in zip(axes, names, strict=False):
-            draw_architecture(ax, [row for row in saes if row["architecture"] == name])
-            ax.set_title(TITLES.get(name, name))
-        for ax in axes[len(names) :]:
-            ax.set_axis_off()
-        for i in range(0, len(names), n_columns):
-            axes[i].set_ylabel("FVU")
-        for ax in axes[max(0, len(names) - n_columns) : len(names)]:
-            ax.set_xlabel("L0")
-        handles = {}
-        for ax in axes[: len(names)]:
-            handles |= {name: h for h, name in zip(*ax.get_legend_handles_labels(), strict=True)}
+        figure = Figure(figsize=(WIDTH, 0.9 + 2.6 * n_blocks))
+        for i, block in enumerate(figure.subfigures(n_blocks, 1, squeeze=False).flatten()):
+            axes = block.subplots(2, N_COLUMNS, sharex="col")
+            shown = names[N_COLUMNS * i : N_COLUMNS * (i + 1)]
+            for column, name in zip(axes.T, shown, strict=False):
+                some = [row for row in saes if row["architecture"] == name]
+                for ax, measure in zip(column, MEASURES, strict=True):
+                    draw_architecture(ax, some, measure)
+                    handles |= dict(zip(*ax.get_legend_handles_labels()[::-1], strict=True))
+                column[0].set_title(TITLES.get(name, name))
+                column[1].set_xlabel("L0")
+            for ax, label in zip(axes[:, 0], MEASURES.values(), strict=True):
+                ax.set_ylabel(label)
+            for ax in axes[:, len(shown) :].flatten():
+                ax.set_axis_off()
         labels = [label for label, *_ in LIBRARIES.values() if label in handles]
         shown = [handles[label] for label in labels]
         figure.legend(shown, labels, loc="outside upper center", ncols=3)
@@ -62,22 +66,22 @@ def draw(rows: list[Row]) -> Figure:
     return figure
 
 
-def draw_architecture(ax: Axes, rows: list[Row]) -> None:
+def draw_architecture(ax: Axes, rows: list[Row], measure: str) -> None:
     """Ours last, so that it is above; the same of our own set beside another peer is one point."""
     shown = set()
     for library in reversed(LIBRARIES):
         label, colour, marker = LIBRARIES[library]
         for row in rows:
-            place = (library, row["l0"], row["fvu"])
+            place = (library, row["l0"], row[measure])
             if row["library"] != library or place in shown:
                 continue
             is_first = not any(of == library for of, *_ in shown)
             shown.add(place)
-            ax.plot([row["l0_low"], row["l0_high"]], [row["fvu"]] * 2, color=colour,
+            ax.plot([row["l0_low"], row["l0_high"]], [row[measure]] * 2, color=colour,
                     linewidth=0.7, label="_interval")  # fmt: skip
-            ax.plot([row["l0"]] * 2, [row["fvu_low"], row["fvu_high"]], color=colour,
-                    linewidth=0.7, label="_interval")  # fmt: skip
-            ax.plot(row["l0"], row["fvu"], marker, color=colour, markersize=4,
+            ax.plot([row["l0"]] * 2, [row[f"{measure}_low"], row[f"{measure}_high"]],
+                    color=colour, linewidth=0.7, label="_interval")  # fmt: skip
+            ax.plot(row["l0"], row[measure], marker, color=colour, markersize=4,
                     label=label if is_first else f"_{label}")  # fmt: skip
     ax.margins(0.15)
     low, high = ax.get_xlim()
@@ -90,8 +94,10 @@ def draw_architecture(ax: Axes, rows: list[Row]) -> None:
 def small_print(rows: list[Row]) -> str:
     n_seeds = len({row["seed"] for row in rows})
     return (
-        f"Fraction of variance unexplained on {span((r['n_tokens_eval'] for r in rows), count)} "
-        f"held-out tokens of {span(r['n_documents_eval'] for r in rows)} documents, ratio "
+        f"FVU: fraction of variance unexplained on "
+        f"{span((r['n_tokens_eval'] for r in rows), count)} held-out tokens of "
+        f"{span(r['n_documents_eval'] for r in rows)} documents. Nats lost per token: "
+        f"{span((r['n_tokens_ce'] for r in rows), count)} of them. Ratio "
         f"1:{span(r['ratio'] for r in rows)}, {span(r['n_steps'] for r in rows)} steps, "
         f"{n_seeds} seeds, the same tokens for all. Lower and further left is better; bars: 95 % "
         "intervals over documents. Every peer at the best of a small sweep around its recommended "

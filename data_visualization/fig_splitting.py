@@ -6,104 +6,159 @@ Seconds. Reads RUN_FOLDER/results/probe_concepts.json, writes RUN_FOLDER/figures
 and .pdf.
 """
 
+from typing import NamedTuple
+
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from data_visualization.style import LOOK, WIDTH, Row, caption, check_rows, main, ratio_label, span
+from data_visualization.style import (
+    LOOK,
+    WIDTH,
+    Row,
+    caption,
+    check_rows,
+    is_number,
+    main,
+    ratio_label,
+    span,
+)
 
 COLOURS = {"sae": "#0072b2", "untrained": "0.5"}
 LABELS = {"sae": "trained", "untrained": "untrained"}
-COVERS = {"best_covers": ("best child", "o"), "top_covers": ("best three", "s")}
+NULL = "null: shuffled labels (absorbed), all other documents (covered)"
+
+
+class Panel(NamedTuple):
+    """A measure, and beside it what chance gives: of the same rows or of others."""
+
+    label: str
+    key: str
+    rows: list[Row]
+    null_key: str = ""
+    null_rows: list[Row] = []
 
 
 def draw(rows: list[Row]) -> Figure:
-    """Features that a concept needs, what a feature's children cover, what others absorb.
+    """Features that a concept needs, what others absorb, what a feature's children cover.
 
     Means over concepts. `ValueError` if no row is of splitting.
     """
-    means = [row for row in rows if row.get("concept") == "all" and row.get("labels") == "true"]
-    needed, children, absorbed = (
-        over_seeds([row for row in means if row["kind"] == kind])
-        for kind in ("splitting", "children", "absorption")
-    )
-    if not needed:
+    shown = [panel for panel in panels(rows) if panel.rows]
+    if not shown or shown[0].key != "n_needed":
         raise ValueError("there are no rows of splitting; the run needs SAEs")
-    check_rows(
-        [row | {"name": row["family"]} for row in needed], ["family"], ["ratio", "n_needed"]
-    )
+    for panel in shown:
+        check_rows([row | {"name": f"a row of {row['kind']}"} for row in panel.rows],
+                   ["family"], ["ratio", panel.key])  # fmt: skip
+    n_lines = -(-len(shown) // 2)
     with matplotlib.rc_context(LOOK):
-        figure = Figure(figsize=(WIDTH, 2.7))
-        left, middle, right = figure.subplots(1, 3)
-        draw_by_ratio(left, needed, "n_needed", "features needed")
-        draw_children(middle, children)
-        draw_by_ratio(right, absorbed, "absorption", "absorbed share")
-        named = [ax.get_legend_handles_labels() for ax in (left, middle)]
-        handles, labels = ([*first, *second] for first, second in zip(*named, strict=True))
-        figure.legend(handles, labels, loc="outside upper center", ncols=3)
-        caption(figure, small_print(needed))
+        figure = Figure(figsize=(WIDTH, 0.9 + 1.75 * n_lines))
+        axes = figure.subplots(n_lines, 2, squeeze=False).flatten()
+        for ax, panel in zip(axes, shown, strict=False):
+            draw_panel(ax, panel)
+        for ax in axes[len(shown) :]:
+            ax.set_axis_off()
+        for ax in axes[max(0, len(shown) - 2) : len(shown)]:
+            ax.set_xlabel("ratio of the dictionary to the layer")
+        families = {row["family"] for row in shown[0].rows}
+        handles = [Line2D([], [], color=colour, marker="o", label=LABELS[family])
+                   for family, colour in COLOURS.items() if family in families]  # fmt: skip
+        handles.append(
+            Line2D([], [], color="0.2", linestyle=":", marker="o", fillstyle="none", label=NULL)
+        )
+        figure.legend(handles=handles, loc="outside upper center", ncols=3)
+        caption(figure, small_print(shown))
     return figure
+
+
+def panels(rows: list[Row]) -> list[Panel]:
+    """Children are the next seed's where there are any: a seed's own start with the same rows."""
+
+    def of(kind: str, labels: str) -> list[Row]:
+        return over_seeds([
+            row for row in rows
+            if row.get("concept") == "all" and row.get("kind") == kind
+            and row.get("labels") == labels and row.get("family") in COLOURS
+        ])  # fmt: skip
+
+    children = of("children", "true")
+    children = [row for row in children if not row.get("shares_start")] or children
+    return [
+        Panel("features a concept needs", "n_needed", of("splitting", "true")),
+        Panel("share absorbed by others", "absorption", of("absorption", "true"), "absorption",
+              of("absorption", "shuffled")),
+        Panel("covered by the best child", "best_covers", children, "best_covers_silent",
+              children),
+        Panel("covered by the best three", "top_covers", children, "top_covers_silent", children),
+    ]  # fmt: skip
 
 
 def over_seeds(rows: list[Row]) -> list[Row]:
     """The means over seeds where there are any, else the single seed's."""
-    seeds = [row for row in rows if row["seed"] == "all"]
-    return seeds or [row for row in rows if row["seed"] is not None]
+    seeds = [row for row in rows if row.get("seed") == "all"]
+    return seeds or [row for row in rows if row.get("seed") is not None]
 
 
-def draw_by_ratio(ax: Axes, rows: list[Row], key: str, label: str) -> None:
-    for family, colour in COLOURS.items():
-        line = sorted((row for row in rows if row["family"] == family), key=lambda r: r["ratio"])
-        if line:
-            ratios = [row["ratio"] for row in line]
-            ax.plot(ratios, [row[key] for row in line], "o-", color=colour, label=LABELS[family])
-            for row in line:
-                ax.plot([row["ratio"]] * 2, [row[f"{key}_low"], row[f"{key}_high"]],
-                        color=colour, linewidth=0.8, label="_interval")  # fmt: skip
-    ax.set_ylim(0, None)
-    ax.set_ylabel(label)
-    ratio_axis(ax, rows)
+def series(rows: list[Row], family: str) -> list[list[Row]]:
+    """A line per hook, architecture and sparsity, by ratio."""
+    lines: dict[tuple, list[Row]] = {}
+    for row in rows:
+        if row["family"] == family:
+            key = tuple(row.get(k) for k in ("hook_name", "architecture", "target_l0", "l1_coeff"))
+            lines.setdefault(key, []).append(row)
+    return [sorted(line, key=lambda row: row["ratio"]) for line in lines.values()]
 
 
-def draw_children(ax: Axes, rows: list[Row]) -> None:
-    """Of the next seed's dictionaries, which do not start with the parent's rows."""
-    shown = [row for row in rows if not row.get("shares_start") and row["family"] == "sae"]
-    for key, (label, marker) in COVERS.items():
-        line = sorted(shown, key=lambda row: row["ratio"])
-        ratios = [row["ratio"] for row in line]
-        for suffix, style, where in (("", "-", ""), ("_silent", ":", ", elsewhere")):
-            ax.plot(ratios, [row[key + suffix] for row in line], marker + style, color="#d55e00",
-                    fillstyle="none" if suffix else "full", label=label + where)  # fmt: skip
-            for row in line:
-                ends = [row[f"{key}{suffix}_low"], row[f"{key}{suffix}_high"]]
-                ax.plot([row["ratio"]] * 2, ends, color="#d55e00", linewidth=0.7,
-                        label="_interval")  # fmt: skip
-    ax.set_ylim(0, 1.02)
-    ax.set_ylabel("share of documents")
-    ratio_axis(ax, shown)
-
-
-def ratio_axis(ax: Axes, rows: list[Row]) -> None:
-    ratios = sorted({row["ratio"] for row in rows})
+def draw_panel(ax: Axes, panel: Panel) -> None:
+    for i, (family, colour) in enumerate(COLOURS.items()):
+        shift = 1.05 ** (2 * i - 1)  # intervals beside each other
+        for line in series(panel.rows, family):
+            draw_line(ax, line, panel.key, shift, color=colour, label=LABELS[family])
+        for line in series(panel.null_rows, family):
+            draw_line(ax, line, panel.null_key, shift, color=colour, linestyle=":",
+                      fillstyle="none", label=f"{LABELS[family]}, null")  # fmt: skip
+    ratios = sorted({row["ratio"] for row in panel.rows})
+    low, high = ax.get_ylim()
+    ax.set_ylim(min(0, low), high + 0.05 * (high - min(0, low)))
+    ax.set_ylabel(panel.label)
     ax.set_xscale("log", base=2)
     ax.set_xticks(ratios, [ratio_label(ratio) for ratio in ratios])
     ax.set_xticks([], minor=True)
     ax.margins(x=0.15)
-    ax.set_xlabel("ratio")
 
 
-def small_print(rows: list[Row]) -> str:
-    n = span(row["n_concepts"] for row in rows)
-    documents = span(row["n_documents"] for row in rows)
-    seeds = span(row.get("n_seeds", 1) for row in rows)
-    return (
-        f"Means over {n} concepts, {documents} documents of sources B; bars: 95 % intervals over "
-        f"{seeds} seeds. Needed: features before one more brings less than 0.03 of F1. Middle: "
-        "the smallest ratio's feature of a concept, followed into another seed's dictionaries: "
-        "share of the documents where it fires that its children cover (full), and of all other "
-        "documents (open), which chance covers too. Absorbed: what up to three other features "
-        "carry of the concept's direction where all its own are silent."
+def draw_line(ax: Axes, line: list[Row], key: str, shift: float, **look) -> None:
+    xs = [row["ratio"] * shift for row in line]
+    ax.plot(xs, [row[key] for row in line], marker="o", **look)
+    for x, row in zip(xs, line, strict=True):
+        ends = [row.get(f"{key}_low"), row.get(f"{key}_high")]
+        if all(map(is_number, ends)):
+            ax.plot([x, x], ends, color=look["color"], linewidth=0.8, label="_interval")
+
+
+def small_print(shown: list[Panel]) -> str:
+    rows = shown[0].rows
+    n_seeds = max(row.get("n_seeds", 1) for row in rows)
+    bars = f"Student's t over {n_seeds} seeds" if n_seeds > 1 else "over documents"
+    text = (
+        f"Means over {span(row['n_concepts'] for row in rows)} concepts, "
+        f"{span(row['n_documents'] for row in rows)} documents of sources B; bars: 95 % "
+        f"intervals, {bars}. Needed: features before one more brings less than 0.03 of F1. "
+        "Absorbed: what up to three other features carry of the concept's direction where all "
+        "its own are silent."
     )
+    children = [row for panel in shown if "covers" in panel.key for row in panel.rows]
+    if children:
+        own = any(row.get("shares_start") for row in children)
+        text += (
+            " Covered: the smallest ratio's feature of a concept, followed into larger "
+            f"dictionaries of {'the same' if own else 'another'} seed"
+            f"{', which start with its rows' if own else ''}: share of the documents where it "
+            "fires that its children fire on too. A trained line says something where it is "
+            "above its null and the untrained one."
+        )
+    return text
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from data_visualization.style import (
+    GREY,
     LOOK,
     WIDTH,
     Row,
@@ -31,8 +32,9 @@ MEASURES = {
     "l0": "active features per token",
     "dead_fraction": "dead features",
 }
-NAME = re.compile(r"(?P<group>.*_x(?P<ratio>\d+).*)_s\d+$")
+NAME = re.compile(r"(?P<group>.*_x(?P<ratio>\d+)_(?:l0-(?P<target>[\d.]+))?.*)_s\d+$")
 LINES = ("-", "--", ":", "-.")
+TARGET = "L0 asked for"
 
 
 def draw(rows: list[Row]) -> Figure:
@@ -50,11 +52,18 @@ def draw(rows: list[Row]) -> Figure:
     for name, found in sorted(told.items(), key=lambda item: (int(item[1]["ratio"]), item[0])):
         groups.setdefault(found["group"], []).append(name)
     ratio = {group: int(told[members[0]]["ratio"]) for group, members in groups.items()}
+    targets = sorted({float(found["target"]) for found in told.values() if found["target"]})
     with matplotlib.rc_context(LOOK):
         figure = Figure(figsize=(WIDTH, 2.5))
         for ax, measure in zip(figure.subplots(1, 3), MEASURES, strict=True):
             draw_measure(ax, rows, groups, ratio, measure)
+        for target in targets:
+            figure.axes[1].axhline(target, color=GREY, linestyle=(0, (5, 3)), linewidth=0.8,
+                                   label=f"_{TARGET}")  # fmt: skip
         handles, labels = figure.axes[0].get_legend_handles_labels()
+        if targets:
+            handles.append(figure.axes[1].lines[-1])
+            labels.append(TARGET)
         figure.legend(handles, labels, loc="outside upper center", ncols=6)
         caption(figure, small_print(rows, groups))
     return figure

@@ -111,8 +111,9 @@ def draw(entry: Entry, path: Path, figures: Path) -> Section:
         png, _ = save(module.draw(rows), figures, entry.figure)
         return Section(entry, path, png.read_bytes(), rows, None)
     except (ValueError, OSError) as error:
-        reason = str(error).splitlines()[0]
-    except (KeyError, TypeError, AttributeError, IndexError, StopIteration) as error:
+        said = " ".join(str(error).split())
+        reason = said if str(path) in said else f"{path}: {said}"
+    except (LookupError, TypeError, AttributeError, ArithmeticError, StopIteration) as error:
         reason = f"{path} is of another version ({type(error).__name__}: {error}); make it anew"
     return Section(entry, path, None, [], reason)
 
@@ -191,7 +192,14 @@ def provenance(path: Path) -> Iterator[str]:
     """With what settings a results file was made, and where."""
     if path.suffix != ".json":
         return
-    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        yield f"<p class=error>{html.escape(f'{path} is not valid JSON: {error}')}</p>"
+        return
+    if not isinstance(content, dict):
+        yield f"<p class=error>{html.escape(str(path))} holds no settings</p>"
+        return
     for key in ("config", "environment"):
         some = content.get(key)
         if isinstance(some, dict):
@@ -286,6 +294,8 @@ def main() -> None:
     try:
         temporary.write_text(page(folders, sections, missing), encoding="utf-8")
         os.replace(temporary, target)
+    except OSError as error:
+        sys.exit(f"error: {target} could not be written: {error.strerror}")
     finally:
         temporary.unlink(missing_ok=True)
     print(f"written: {target}")

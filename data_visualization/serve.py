@@ -33,6 +33,7 @@ class Handler(BaseHTTPRequestHandler):
     """Files of one folder, and POST encode."""
 
     server_version, sys_version = "dashboard", ""
+    timeout = 60  # seconds: a request that never ends does not hold its thread for ever
 
     def __init__(self, *arguments: Any, folder: Path, encode: Encode, lock: threading.Lock):
         self.folder, self.encode, self.lock = folder.resolve(), encode, lock
@@ -63,7 +64,7 @@ class Handler(BaseHTTPRequestHandler):
         elif self.headers.get_content_type() != "application/json":
             # A page of another site may not send this type without being allowed to.
             self._say(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send application/json")
-        elif not length.isdigit() or int(length) > MAX_BODY:
+        elif not length.isdecimal() or int(length) > MAX_BODY:
             self._say(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"send at most {MAX_BODY:,} bytes")
         else:
             self._encoded(self.rfile.read(int(length)))

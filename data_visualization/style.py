@@ -108,7 +108,8 @@ def read_lines(path: Path) -> list[Row]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give the folder of a run")
     rows = []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    # a line that breaks off within a character must not take the others with it
+    lines = path.read_bytes().decode("utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))

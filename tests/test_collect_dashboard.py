@@ -125,12 +125,14 @@ def test_effects_are_of_so_many_features(collected):
         assert effect["n_firings"] == sum(one["n_firings"] for one in effect["by_concept"])
 
 
-def test_the_neuron_and_the_direction_fire_as_often(collected, place):
-    """Thresholds are of sources A; those of a concept corpus this small are near on B."""
+def test_the_feature_the_neuron_and_the_direction_stand_side_by_side(collected, place):
     _, entries, _ = collected
     for entry in list(entries.values())[:20]:
-        for kind in ("nearest_neuron", "random_direction"):
-            for context in entry[kind]["contexts"]:
+        n_firings = sum(sum(n) for n in entry["histogram"]["by_concept"].values())
+        assert len(entry["on_concepts"]) == min(4, n_firings)
+        beside = [entry[kind]["contexts"] for kind in ("nearest_neuron", "random_direction")]
+        for contexts_of_one in (entry["on_concepts"], *beside):
+            for context in contexts_of_one:
                 assert at_focus(context) > 0
                 assert context["concept"]
 

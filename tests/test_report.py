@@ -66,6 +66,13 @@ def test_settings_of_one_ratio_have_names_of_their_own():
     assert {"l1_x01_l0-30", "l1_x01_l0-60", "l1_x08_l0-30", "l1_x08_l0-60"} <= labels.keys()
 
 
+def test_the_l0_asked_for_is_a_line_and_a_coefficient_is_none():
+    asked = fig_training.draw(logged()).axes[1]
+    assert [y for _, y in lines(asked)["_L0 asked for"]] == [30, 30]
+    free = [row | {"name": row["name"].replace("l0-30", "c1.5")} for row in logged()]
+    assert "_L0 asked for" not in lines(fig_training.draw(free).axes[1])
+
+
 def test_a_name_without_a_ratio_is_refused():
     with pytest.raises(ValueError, match="mine does not say its ratio"):
         fig_training.draw([logged()[0] | {"name": "mine"}])
@@ -74,14 +81,17 @@ def test_a_name_without_a_ratio_is_refused():
 def quality_row(library, seed, l0, fvu) -> dict:
     return {"what": "sae", "architecture": "topk", "library": library, "seed": seed, "l0": l0,
             "l0_low": l0 - 1, "l0_high": l0 + 1, "fvu": fvu, "fvu_low": fvu - 0.01,
-            "fvu_high": fvu + 0.01, "n_steps": 300, "ratio": 2, "n_tokens_eval": 20_000,
-            "n_documents_eval": 13}  # fmt: skip
+            "fvu_high": fvu + 0.01, "nats_lost": 3 * fvu, "nats_lost_low": 2 * fvu,
+            "nats_lost_high": 4 * fvu, "n_steps": 300, "ratio": 2, "n_tokens_eval": 20_000,
+            "n_tokens_ce": 4000, "n_documents_eval": 13}  # fmt: skip
 
 
 def test_quality_draws_each_library_where_its_row_says():
     rows = [quality_row("ours", 0, 30, 0.2), quality_row("sae_lens", 0, 32, 0.3),
             quality_row("sae_lens", 1, 33, 0.31)]  # fmt: skip
-    drawn = lines(fig_quality.draw(rows).axes[0])
+    fvu, nats, *_ = (ax for ax in fig_quality.draw(rows).axes if ax.lines)
+    assert lines(nats)["this project"] == [(30, pytest.approx(0.6))]
+    drawn = lines(fvu)
     assert drawn["this project"] == [(30, 0.2)]
     assert drawn["SAELens"] == [(32, 0.3)]
     assert drawn["_SAELens"] == [(33, 0.31)]
@@ -135,23 +145,58 @@ def probe_row(kind, family, ratio, **values) -> dict:
     return row
 
 
-def test_splitting_shows_controls_and_children_of_other_seeds():
+def splitting_rows() -> list[dict]:
     rows = [
-        probe_row(kind, family, ratio, **{key: value * ratio})
-        for kind, key in (("splitting", "n_needed"), ("absorption", "absorption"))
-        for family, value in (("sae", 1.0), ("untrained", 0.5))
+        probe_row(kind, family, ratio, **{key: value * ratio}) | {"labels": labels}
+        for kind, key, labels, scale in (
+            ("splitting", "n_needed", "true", 1),
+            ("absorption", "absorption", "true", 1),
+            ("absorption", "absorption", "shuffled", 0.1),
+        )
+        for family, value in (("sae", 1.0 * scale), ("untrained", 0.5 * scale))
         for ratio in (1, 4)
     ]
     covers = {"best_covers": 0.7, "best_covers_silent": 0.2, "top_covers": 0.8,
               "top_covers_silent": 0.3}  # fmt: skip
-    same_seed = dict.fromkeys(covers, 0.99)  # starts with the parent's rows: not drawn
+    same_seed = dict.fromkeys(covers, 0.95)  # starts with the parent's rows
     for shares_start, values in ((False, covers), (True, same_seed)):
-        rows.append(probe_row("children", "sae", 4, **values) | {"shares_start": shares_start})
-    needed, children, absorbed = fig_splitting.draw(rows).axes
-    assert lines(needed)["trained"] == [(1, 1), (4, 4)]
-    assert lines(absorbed)["untrained"] == [(1, 0.5), (4, 2)]
-    assert lines(children)["best child"] == [(4, 0.7)]
-    assert lines(children)["best three, elsewhere"] == [(4, 0.3)]
+        for family, less in (("sae", 0.0), ("untrained", 0.05)):
+            of_family = {key: value - less for key, value in values.items()}
+            rows.append(probe_row("children", family, 4, **of_family))
+            rows[-1]["shares_start"] = shares_start
+    return rows
+
+
+def heights(ax, label) -> list[float]:
+    return [y for _, y in lines(ax)[label]]
+
+
+def test_splitting_shows_every_measure_beside_its_null_and_the_untrained():
+    needed, absorbed, best, three = fig_splitting.draw(splitting_rows()).axes
+    assert heights(needed, "trained") == [1, 4]
+    assert heights(absorbed, "untrained") == [0.5, 2]
+    assert heights(absorbed, "trained, null") == [0.1, 0.4]
+    assert heights(absorbed, "untrained, null") == [0.05, 0.2]
+    assert heights(best, "trained") == [0.7]
+    assert heights(best, "untrained") == [pytest.approx(0.65)]
+    assert heights(three, "trained, null") == [0.3]
+    assert heights(three, "untrained, null") == [0.25]
+
+
+def test_splitting_of_one_seed_has_its_own_children_and_no_intervals_over_seeds():
+    rows = [row | {"seed": 0} for row in splitting_rows() if row.get("shares_start") is not False]
+    for row in rows:
+        row.pop("n_needed_low", None)
+        row.pop("n_needed_high", None)
+    needed, _, best, _ = fig_splitting.draw(rows).axes
+    assert heights(needed, "trained") == [1, 4]
+    assert "_interval" not in lines(needed)
+    assert heights(best, "trained") == [0.95]
+
+
+def test_splitting_of_one_ratio_leaves_out_children_that_it_has_not():
+    rows = [row for row in splitting_rows() if row["kind"] != "children" and row["ratio"] == 4]
+    assert len(fig_splitting.draw(rows).axes) == 2
 
 
 def description_rows() -> list[dict]:
