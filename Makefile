@@ -39,7 +39,7 @@ test: .venv/installed-for-tests
 report: .venv/installed
 	@echo 'report: figures of outputs/published and benchmarks/results, outputs/published/report.html'
 	@$(VENV) -m data_visualization.report outputs/published benchmarks \
-	  outputs/published/smollm2-135m_blocks.12_5M $(ARGS)
+	  outputs/published/smollm2-135m_blocks.12_5M outputs/published/l0_targets $(ARGS)
 
 notebook: .venv/installed-for-tests
 	@echo 'notebook: making and executing easy_training_base.ipynb'

@@ -18,10 +18,12 @@ from sparse_coding.dictionary import Dictionary
 from sparse_coding.metrics import columns, interval, t_interval
 from sparse_coding.polysemanticity import Labelled
 from sparse_coding.probing import (
+    SPARSE_COST,
     Fold,
     Probe,
     by_parent,
     cross_validated_probe,
+    fit_probe,
     ranked_features,
     weighted_scores,
 )
@@ -166,12 +168,16 @@ class Scored(NamedTuple):
 
 
 def probe(
-    task: Task, facts: Row, features: Averages, chosen: Sequence[Tensor | slice]
+    task: Task, facts: Row, features: Averages, chosen: Sequence[Tensor] | None = None
 ) -> tuple[Scored, list[Probe]]:
-    """One probe per concept of its chosen features."""
+    """One probe per concept of its chosen features; None: of all, with a penalty of its own."""
     scores, probes, of_concept = [], [], []
-    for c, some in enumerate(chosen):
-        fitted = cross_validated_probe(features.a[:, some], task.a.concept == c, task.folds[c])
+    for c in range(task.a.n_concepts):
+        some, is_concept = slice(None) if chosen is None else chosen[c], task.a.concept == c
+        if chosen is None:
+            fitted = cross_validated_probe(features.a, is_concept, task.folds[c])
+        else:
+            fitted = fit_probe(features.a[:, some], is_concept, SPARSE_COST)
         score = fitted.score(features.b[:, some])
         scores.append(weighted_scores(score, task.b.concept == c, task.weights))
         probes.append(fitted)

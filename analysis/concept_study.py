@@ -56,8 +56,7 @@ class Study:
         self.found: list[Row] = []
         x = averages(lambda rows: rows, reading, hook_name)
         facts = {"family": "dense", "ratio": None, "seed": None, "k": x.a.shape[1]}
-        whole = [slice(None)] * len(self.names)
-        dense = [probe(task, facts, x, whole) for task in tasks]
+        dense = [probe(task, facts, x) for task in tasks]
         self.scored: list[Scored] = [scored for scored, _ in dense]
         self.dense: list[list[Probe]] = [probes for _, probes in dense]
 

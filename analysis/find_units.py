@@ -14,7 +14,7 @@ searched in the same way: how good the best of so many must be by chance. Rows o
   fires nowhere else), with a one-sided 95 % bound; auroc_CONCEPT of the document's largest
   activation; n_eff; `role`: "several" (one unit for all) or the concept that it was found for;
 - context: the text around its largest activations in a document of each concept;
-- histogram: firings of a concept (or of all `others`) in a bin of activation.
+- histogram: firings of a concept (or of all `others`) in a bin of activation, of the first units.
 
 Writes results/find_units.json.
 """
@@ -240,7 +240,10 @@ def histogram_rows(
     cfg: Config, reading: "ConceptReading", values: "Tensor", threshold: "Tensor",
     units: list[Row], named: list[int],
 ) -> list[Row]:  # fmt: skip
-    """Firings of each unit in `N_BINS` equal widths, from its threshold to its largest."""
+    """Firings in `N_BINS` equal widths, from the threshold to the largest.
+
+    Of a family's first unit for several concepts, and of those for one.
+    """
     import numpy as np
 
     b = reading.heldout
@@ -248,7 +251,10 @@ def histogram_rows(
     groups = {name: concept == c for name, c in zip(cfg.concepts, named, strict=True)}
     groups["others"] = ~np.isin(concept, named)
     rows = []
+    first = next(j for j, unit in enumerate(units) if unit["role"] == "several")
     for j, unit in enumerate(units):
+        if unit["role"] == "several" and j != first:
+            continue
         column, cut = values[:, j].numpy(), threshold[j].item()
         if not (column > cut).any():  # nor where it has no threshold, nan
             continue

@@ -6,9 +6,10 @@
 Documents are of the concept corpus (sparse_coding/concepts.py): sources A choose and train,
 everything is scored on sources B, by other people. A probe reads features averaged over a
 document's tokens: the k with the largest difference of means in pooled standard deviations, in a
-logistic regression whose L2 penalty is cross-validated with whole parents left out. The dense
-probe reads all dimensions of the activations. Of a basis (neurons, PCA) probes may choose axes as
-they are and their halves; random directions are as many halves as the SAE has features. `kind`:
+logistic regression with SAEBench's L2 penalty (C = 1). The dense probe reads all dimensions of the
+activations, with a penalty that is cross-validated with whole parents left out. Of a basis
+(neurons, PCA) probes may choose axes as they are and their halves; random directions are as many
+halves as the SAE has features. `kind`:
 
 - probe: AUROC and average precision of one concept against the rest, or their mean (concept
   "all"); minus_dense and minus_random are differences of AUROC from the same draws of documents;

@@ -3,10 +3,10 @@
     python -m analysis.validate_polysemanticity
     python -m analysis.validate_polysemanticity outputs/runs/NAME
 
-A minute on two CPU cores without a run. Units are planted with known shares of concepts on
-documents like those of the concept corpus: bursts of firings in some documents, a share of noise
-in all concepts, rates over two orders of magnitude. Checks, each against a limit that was set
-beforehand; the program fails if one is missed:
+A minute on two CPU cores without a run, two to five with one (10 GB). Units are planted with known
+shares of concepts on documents like those of the concept corpus: bursts of firings in some
+documents, a share of noise in all concepts, rates over two orders of magnitude. Checks, each
+against a limit that was set beforehand; the program fails if one is missed:
 
 - separation: n_eff of units of m = 2 and 4 concepts against m = 1 (AUROC at least .95 at m = 2),
   and how often units of each m are called polysemantic;

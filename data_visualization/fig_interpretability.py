@@ -17,6 +17,7 @@ from data_visualization.style import (
     caption,
     check_rows,
     count,
+    is_number,
     main,
     ratio_label,
     span,
@@ -104,8 +105,11 @@ def draw_points(
 
 def draw_deciles(ax: Axes, rows: list[Row]) -> None:
     """From weak to strong firing, of the ratio nearest to 4: the mean over its dictionaries."""
-    deciles = [row for row in rows if row.get("what") == "decile" and row.get("balanced_accuracy")]
+    deciles = [row for row in rows if row.get("what") == "decile"
+               and row.get("balanced_accuracy") is not None]  # fmt: skip
     ratios = {row.get("ratio") or AIM for row in deciles}
+    if not ratios:
+        raise ValueError("there are no scores by decile of activation to draw")
     ratio = min(ratios, key=lambda one: abs(one - AIM))
     ax.axhline(0.5, color="0.5", linestyle=":", linewidth=0.9, label="_chance")
     for family, (label, colour, marker) in FAMILIES.items():
@@ -116,6 +120,10 @@ def draw_deciles(ax: Axes, rows: list[Row]) -> None:
             x = [row["decile"] for row in line]
             ax.plot(x, [row["balanced_accuracy"] for row in line], "-", color=colour, alpha=0.35,
                     linewidth=0.7, label=f"_{name}")  # fmt: skip
+            if all(is_number(row.get("balanced_accuracy_low")) for row in line):
+                low, high = ([row[f"balanced_accuracy_{end}"] for row in line]
+                             for end in ("low", "high"))  # fmt: skip
+                ax.fill_between(x, low, high, color=colour, alpha=0.06, linewidth=0)
         places = sorted({row["decile"] for row in shown})
         means = []
         for place in places:
@@ -134,9 +142,9 @@ def small_print(rows: list[Row]) -> str:
         "Rules about tokens, found on one half of the held-out documents and scored on the other "
         f"({n_tokens} tokens of {n_groups} documents or files) against four kinds of "
         f"silent tokens; {n_units} units each, neurons and directions cut "
-        "to fire as often as their partner in the SAE. One point per dictionary, bars: 95 % "
-        "intervals over documents and units; dotted: chance. Intruders: of five contexts, the one "
-        "where the unit is silent is told by its likeness to the others, its token hidden."
+        "to fire as often as their partner in the SAE. One point per dictionary, bars and bands: "
+        "95 % intervals over documents and units; dotted: chance. Intruders: of five contexts, "
+        "the one where the unit is silent is told by its likeness to the others, its token hidden."
     )
 
 

@@ -143,7 +143,7 @@ def small_print(rows: list[Row]) -> str:
     return (
         f"{models}, {hooks}. Means over {numbers('n_concepts')} concepts, each against the rest. "
         "Probes are logistic regressions on k features averaged over a document's tokens; "
-        f"features and penalty are chosen on {numbers('n_documents_fit')} documents of sources A, "
+        f"features are chosen on {numbers('n_documents_fit')} documents of sources A, "
         f"scores are of {numbers('n_documents')} of sources B. Dashed: a probe of all residual "
         f"dimensions. Bars: 95 % intervals, {bars}. Higher is better.{shuffled}"
     )

@@ -100,8 +100,8 @@ def small_print(rows: list[Row]) -> str:
         f"{span((r['n_tokens_ce'] for r in rows), count)} of them. Ratio "
         f"1:{span(r['ratio'] for r in rows)}, {span(r['n_steps'] for r in rows)} steps, "
         f"{n_seeds} seeds, the same tokens for all. Lower and further left is better; bars: 95 % "
-        "intervals over documents. Every peer at the best of a small sweep around its recommended "
-        "settings, as are ours."
+        "intervals over documents. All at the best of equal sweeps of the learning rate; ours is "
+        "trained to the L0 that each peer reached."
     )
 
 

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from data_visualization.style import LOOK, WIDTH, Row, caption, check_rows, main, ratio_label, span
 
 TEXT = ("method", "architecture", "dtype", "exact")
-NUMBERS = ("ratio", "d_in", "batch_tokens", "tokens_per_s", "encode_limit_fraction", "n_rounds", "ms_per_step_min",
-           "vs_fastest_peer", "vs_fastest_fp32_peer")  # fmt: skip
+NUMBERS = ("ratio", "d_in", "batch_tokens", "tokens_per_s", "encode_limit_fraction", "n_rounds",
+           "ms_per_step_min", "vs_fastest_peer", "vs_fastest_fp32_peer")  # fmt: skip
 OURS = "auto"
 PEERS = {
     "sae_lens": ("SAELens", "#d55e00"),
@@ -87,7 +87,7 @@ def draw_ratios(ax: Axes, ours: dict[float, Row]) -> None:
         ax.plot(ratios, values, f"o{style}", color=BLUE, label=label)
         ax.annotate(f"{values[-1]:.1f}", (ratios[-1], values[-1]), xytext=(4, -2),
                     textcoords="offset points", fontsize=7)  # fmt: skip
-    ax.set_ylim(0, None)
+    ax.set_ylim(0, 1.3 * ax.get_ylim()[1])  # room for the legend
     ax.set_ylabel("times the fastest peer")
     ax.legend(loc="upper left")
     ratio_axis(ax, ratios)
@@ -104,8 +104,8 @@ def small_print(rows: list[Row]) -> str:
         f"Architecture {', '.join(sorted({row['architecture'] for row in rows}))}, layer of "
         f"{span(row['d_in'] for row in rows)}, batches of "
         f"{span(row['batch_tokens'] for row in rows)} tokens, median of "
-        f"{span(row['n_rounds'] for row in rows)} interleaved rounds in one process; strokes reach "
-        "up to the fastest round. "
+        f"{span(row['n_rounds'] for row in rows)} interleaved rounds in one process; strokes "
+        "reach up to the fastest round. "
         "Ours is exact: the same step as float32 autograd up to rounding. Of each peer the "
         "fastest way to run it, compiled or not. The limit is the time of one product of "
         "activations and encoder in bfloat16, without which there is no step."

@@ -97,7 +97,7 @@ def draw_measure(
     ax.set_ylabel(MEASURES[measure])
     if measure == "l0":
         ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 5, 7)))
         ax.yaxis.set_major_formatter(lambda n, _: f"{n:g}")
         ax.yaxis.set_minor_locator(NullLocator())
     else:

@@ -17,6 +17,7 @@ N_FOLDS = 5
 FEATURES_AT_ONCE = 2048  # bounds the float64 copy of the features
 MAX_NEWTON = 1024
 COSTS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # C: the inverse of the L2 penalty
+SPARSE_COST = 1.0  # SAEBench's, of probes of few features
 MAX_FEATURES, MIN_GAIN = 10, 0.03  # SAEBench's: features of one concept, in F1
 MAX_ABSORBERS, MIN_COSINE = 3, 0.1  # SAEBench's, of the fraction of absorption
 
@@ -196,7 +197,7 @@ def f1_by_number(
     positive: Bool[Tensor, " documents"],
     folds: Sequence[Fold],
     chosen: Int[Tensor, "folds k"],
-    cost: float = 1.0,
+    cost: float = SPARSE_COST,
 ) -> list[float]:
     """F1 on documents left out, of probes of 1, 2 ... k features.
 

@@ -199,6 +199,19 @@ def test_the_table_of_comparisons_is_the_benchmarks():
         assert f"{case} | {seconds['one_to_one', case, None]['seconds']:.0f} |" in README
 
 
+def test_the_speed_of_units_is_the_benchmarks():
+    path = ROOT / "benchmarks" / "results" / "units.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    rows = {row["what"]: row for row in content["rows"]}
+    config = content["config"]
+    assert f"{config['n_units']:,} units on {config['n_tokens']:,} tokens of 16" in README
+    passes = rows["activity"]
+    assert f"{passes['seconds']:.0f} s ({passes['tokens_per_s']:,.0f} tokens/s)" in README
+    assert f"{rows['encode']['seconds']:.0f} s of it the product" in README
+    assert f"threshold, {rows['thresholds']['seconds']:.0f} s" in README
+    assert f"At most {max(row['peak_mb'] for row in rows.values()) / 1000:.1f} GB" in README
+
+
 def test_the_tables_of_polysemanticity_are_the_programs():
     section = README.split("### For how many concepts")[1].split("\n### ")[0]
     found = [line for line in section.splitlines() if line.startswith("| ")]
