@@ -36,9 +36,14 @@ MEASURES = {
 def draw(rows: list[Row]) -> Figure:
     """Grouped bars: a group per layer (and model), a bar per ratio, the mean over its SAEs.
 
-    `ValueError` if a key is missing.
+    `ValueError` if a key is missing, or if SAEs of one ratio differ in more than seed and place:
+    a mean over architectures or sparsities says nothing.
     """
     check_rows(rows, TEXT, NUMBERS)
+    settings = {(row.get("architecture"), row.get("target_l0") or row.get("l1_coeff"))
+                for row in rows}  # fmt: skip
+    if len(settings) > 1:
+        raise ValueError("the rows are of several architectures or sparsities; give those of one")
     places = list(dict.fromkeys((row["lm"], row["hook_name"]) for row in rows))
     ratios = sorted({row["ratio"] for row in rows})
     with matplotlib.rc_context(LOOK):

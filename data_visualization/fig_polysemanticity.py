@@ -61,7 +61,10 @@ def draw(rows: list[Row]) -> Figure:
     unknown = {row["family"] for row in families} - FAMILIES.keys()
     if unknown:
         raise ValueError(f"there is no label for the family {min(unknown)}")
-    primary = str(next(row["rate"] for row in rows if row.get("what") == "detail"))
+    rates = [row["rate"] for row in rows if row.get("what") == "detail"]
+    if not rates:
+        raise ValueError("there are no rows of details, which say the primary rate")
+    primary = str(rates[0])
     shown = [row for row in families if row["condition"] == primary]
     labels = list(dict.fromkeys(label(row) for row in sorted(shown, key=place)))
     with matplotlib.rc_context(LOOK):

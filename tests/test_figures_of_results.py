@@ -119,6 +119,8 @@ def test_layers_are_groups_of_bars_from_zero():
     assert len(fvu.containers) == 4
     assert [text.get_text() for text in fvu.get_xticklabels()] == ["3.post", "9.post"]
     assert fvu.get_ylim()[0] == 0
+    with pytest.raises(ValueError, match="several architectures or sparsities"):
+        fig_layers.draw([*rows, rows[0] | {"architecture": "topk"}])
 
 
 def test_sparsity_shows_divergence_and_perplexity_above_the_clean_one():
