@@ -11,9 +11,9 @@ feature stand the MLP neuron of its block that correlates with it most and a ran
 both cut so that they fire as often. Neighbours: the nearest decoder row in each other SAE of the
 run. --n-effects N also takes N features away from the running model, concept by concept.
 
-2,304 features of the demo's ratio 1:4 took 19 minutes on two busy cores and 75 MB; --n-features 200
-takes about four. Writes results/dashboard/SAE/ in the run (else in outputs): index.json, features/NNNNN.json,
-prompts.json. Then: python -m data_visualization.dashboard outputs/runs/NAME
+2,304 features of the demo's ratio 1:4 took 19 minutes on two busy cores and 75 MB; --n-features
+takes fewer. Writes results/dashboard/SAE/ in the run (else in outputs): index.json,
+features/NNNNN.json, prompts.json. Then: python -m data_visualization.dashboard outputs/runs/NAME
 """
 
 from dataclasses import dataclass
