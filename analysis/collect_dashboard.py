@@ -93,7 +93,9 @@ def choose(subjects: "list[Subject]", names: tuple[str, ...]) -> "list[Subject]"
         raise UserError(f"no SAE {', '.join(unknown)}; there are {', '.join(known)}")
     if names:
         return [known[name] for name in names]
-    return [min(subjects, key=lambda s: abs(s.dictionary.d_sae / s.dictionary.d_in - 4))]
+    from analysis.families import AIM
+
+    return [min(subjects, key=lambda s: abs(s.dictionary.d_sae / s.dictionary.d_in - AIM))]
 
 
 def check_features(cfg: Config, subjects: "list[Subject]") -> None:

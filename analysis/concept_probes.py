@@ -173,10 +173,12 @@ def probe(
     """One probe per concept of its chosen features; None: of all, with a penalty of its own."""
     scores, probes, of_concept = [], [], []
     for c in range(task.a.n_concepts):
-        some, is_concept = slice(None) if chosen is None else chosen[c], task.a.concept == c
+        is_concept = task.a.concept == c
         if chosen is None:
+            some = slice(None)
             fitted = cross_validated_probe(features.a, is_concept, task.folds[c])
         else:
+            some = chosen[c]
             fitted = fit_probe(features.a[:, some], is_concept, SPARSE_COST)
         score = fitted.score(features.b[:, some])
         scores.append(weighted_scores(score, task.b.concept == c, task.weights))

@@ -1,7 +1,6 @@
 """One dictionary's dashboard data: two passes over text, then feature by feature, then files."""
 
 import hashlib
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +25,7 @@ from analysis.dashboard_features import (
     significant,
 )
 from analysis.families import mlp_of
-from analysis.held_rows import Held, drawn_contexts, make_held
+from analysis.held_rows import Held, drawn_contexts, kept_activations, make_held
 from analysis.interpretation import Tools, detections, find, judged, make_tools
 from analysis.live_features import Reader
 from analysis.program import Row
@@ -40,9 +39,8 @@ from sparse_coding.consistency import Codes, join, max_cosine, sparse_codes
 from sparse_coding.descriptions import in_words
 from sparse_coding.dictionary import Dictionary
 from sparse_coding.examples import NEAR_MISS, RANDOM, SAME_TOKEN, bounds, spread
-from sparse_coding.harvest import activations, kept_rows
 from sparse_coding.models import LanguageModel, direct_logits
-from sparse_coding.storage import write_json
+from sparse_coding.storage import whole_folder, write_json
 from sparse_coding.unit_activity import ROWS_AT_ONCE, unit_activations
 
 if TYPE_CHECKING:
@@ -81,6 +79,9 @@ class Collector:
             for split in (self.reading.choosing, self.reading.heldout)
         )
         self.concept_names = [concept.name for concept in corpus.concepts]
+        split = self.reading.heldout
+        self.concept_of_rows = split.labels.concept[split.document].numpy()
+        self.mean = self.reading.choosing.acts[subject.origin.hook_name].float().mean(dim=0)
         self.concept_shown = concept_stream(self.reading)
         generator = torch.Generator().manual_seed(cfg.seed)
         self.weights = self.reading.heldout.labels.draws(cfg.n_draws, generator)
@@ -105,20 +106,16 @@ class Collector:
         """Also `self.heldout`, the features' activations there, and `self.shown`."""
         material, cfg = self.material, self.cfg
         batches, place = drawn_contexts(material, cfg.n_tokens, cfg.seed)
-        hook, codes, position, start = material.origin.hook_name, [], [], 0
-        for batch in tqdm(batches, desc=f"held-out text, {material.lm.name}", unit="batch"):
-            x = activations(material.lm, batch.tokens, [hook])[hook]
-            keep = kept_rows(x, batch.valid.to(x.device), material.max_norm)
-            codes += self._codes(x[keep])
-            position.append(start + keep.flatten().nonzero()[:, 0].cpu())
-            start += keep.numel()
+        codes, position = [], []
+        for x, places in kept_activations(material, batches):
+            codes += self._codes(x)
+            position.append(places)
         self.heldout = ByFeature(join(codes), self.dictionary.d_sae)
-        rows = torch.cat(position).numpy()
-        ids = np.unique(torch.cat([batch.tokens.flatten() for batch in batches]).numpy())
+        rows = np.concatenate(position)
         held = make_held(material, batches, place, rows, cfg.n_draws, cfg.seed)
         sources = [held.evidence.sources[i] for i in held.evidence.source.tolist()]
         nothing = [None] * len(sources)
-        self.shown = Shown(held.stream, material.lm.tokenizer, ids, sources, nothing)
+        self.shown = Shown(held.stream, material.lm.tokenizer, held.ids, sources, nothing)
         return held
 
     # --- features ------------------------------------------------------------------------------
@@ -131,10 +128,10 @@ class Collector:
         ablated = set(self.features[choose_units(n, cfg.n_effects, cfg.seed)].tolist())
         bar = tqdm(total=n, desc=self.subject.name, unit="feature")
         for number, block in enumerate(self.features.split(BLOCK)):
-            judged_as = self._judged(block)
             companions = self._companions(block, neurons, number)
             logits = self._logits(block)
             heldout, of_concepts = self.heldout.dense(block), self.b.dense(block)
+            judged_as = self._judged(block, of_concepts)
             for j, feature in enumerate(block.tolist()):
                 column, column_b = heldout[:, j], of_concepts[:, j]
                 described, misses = self._described(feature, column, tools)
@@ -167,7 +164,7 @@ class Collector:
     def _histogram(
         self, column: Float32[np.ndarray, " rows"], column_b: Float32[np.ndarray, " rows_b"]
     ) -> Row:
-        return histogram(column, column_b, self._concept_of_rows, self.concept_names)
+        return histogram(column, column_b, self.concept_of_rows, self.concept_names)
 
     def _examples(self, feature: int, column: Float32[np.ndarray, " rows"]) -> Row:
         generator = np.random.default_rng([self.cfg.seed, feature])
@@ -196,11 +193,16 @@ class Collector:
 
     # --- blocks of features --------------------------------------------------------------------
 
-    def _judged(self, block: Int[Tensor, " block"]) -> list[Row]:
+    def _judged(
+        self, block: Int[Tensor, " block"], of_concepts: Float32[np.ndarray, "rows_b block"]
+    ) -> list[Row]:
         """Concepts of each: "row" for the index, "concepts" and "precision" for the entry."""
-        halves = (self.a, self.reading.choosing), (self.b, self.reading.heldout)
         a, b = (
-            activity(codes.dense(block), split, torch.zeros(len(block))) for codes, split in halves
+            activity(values, split, torch.zeros(len(block)))
+            for values, split in (
+                (self.a.dense(block), self.reading.choosing),
+                (of_concepts, self.reading.heldout),
+            )
         )
         known = judge_concepts(a, b, self.reading, self.weights)
         found = []
@@ -225,8 +227,9 @@ class Collector:
         hook, reading = self.subject.origin.hook_name, self.reading
         n_firings = np.diff(self.a.columns.indptr)[block.numpy()]
         generator = torch.Generator().manual_seed(1000 * self.cfg.seed + number)
-        mean = reading.choosing.acts[hook].float().mean(dim=0)
-        drawn = random_directions(mean, len(block), generator).to(self.dictionary.W_dec.device)
+        drawn = random_directions(self.mean, len(block), generator).to(
+            self.dictionary.W_dec.device
+        )
         places = torch.arange(len(block))
         random = [
             torch.cat(list(unit_activations(drawn, split.acts[hook], places))).numpy()
@@ -243,7 +246,8 @@ class Collector:
             of_neurons = self._beside(values, n_firings)
             for j, (row, beside_it) in enumerate(zip(rows, of_neurons, strict=True)):
                 about = neurons.about(int(block[j]))
-                shown = histogram(None, values[1][:, j], self._concept_of_rows, self.concept_names)
+                by_concept = self.concept_of_rows, self.concept_names
+                shown = histogram(None, values[1][:, j], *by_concept)
                 row["nearest_neuron"] = about | beside_it | {"histogram_by_concept": shown}
         return rows
 
@@ -251,11 +255,6 @@ class Collector:
         self, values: Sequence[Float32[np.ndarray, "rows units"]], n_firings: np.ndarray
     ) -> list[Row]:
         return beside(*values, n_firings, self.reading, self.concept_shown, self.weights, N_BESIDE)
-
-    @property
-    def _concept_of_rows(self) -> Int[np.ndarray, " rows_b"]:
-        split = self.reading.heldout
-        return split.labels.concept[split.document].numpy()
 
     def _nearest_neurons(self) -> Neurons | None:
         if len(self.reading.hooks) == 1:
@@ -317,9 +316,16 @@ class Collector:
     # --- files ---------------------------------------------------------------------------------
 
     def write(self, folder: Path) -> None:
-        """All files in a folder beside, which then takes the place of `folder`."""
-        temporary = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
+        """All files, or none; they take the place of an older folder only when all are there."""
+        with whole_folder(folder, "index.json", overwrite=self.cfg.overwrite) as temporary:
+            rows = self._write_into(temporary)
+        n_judged = sum(row["n_eff"] is not None for row in rows)
+        size = sum(path.stat().st_size for path in folder.rglob("*.json")) / 1e6
+        print(f"{self.subject.name}: {len(rows):,} features, {n_judged:,} active enough to be "
+              f"judged by concepts; {size:.0f} MB\nwritten: {folder}")  # fmt: skip
+
+    def _write_into(self, folder: Path) -> list[Row]:
+        """The rows of the index."""
         rows: list[Row] = []
         chunk: list[Row] = []
         for row, entry in self.entries():
@@ -327,9 +333,9 @@ class Collector:
             chunk.append(entry)
             if len(chunk) == CHUNK or len(rows) == len(self.features):
                 name = f"{(len(rows) - 1) // CHUNK:05d}.json"
-                write_json(temporary / "features" / name, chunk, is_compact=True)
+                write_json(folder / "features" / name, chunk, is_compact=True)
                 chunk = []
-        write_json(temporary / "prompts.json", self.prompts(), is_compact=True)
+        write_json(folder / "prompts.json", self.prompts(), is_compact=True)
         config = as_json(self.cfg) | {"sae": self.subject.name}
         about = self.about()
         write_json(
@@ -337,13 +343,7 @@ class Collector:
             {"config": config, "environment": environment(str(self.material.lm.device)),
              "about": about, "rows": rows},
         )  # fmt: skip
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-        n_judged = sum(row["n_eff"] is not None for row in rows)
-        size = sum(path.stat().st_size for path in folder.rglob("*.json")) / 1e6
-        print(f"{self.subject.name}: {len(rows):,} features, {n_judged:,} active enough to be "
-              f"judged by concepts; {size:.0f} MB\nwritten: {folder}")  # fmt: skip
+        return rows
 
     def prompts(self) -> list[Row]:
         """A document of sources B of every concept, and a few held-out contexts."""

@@ -17,9 +17,10 @@ from torch import Tensor
 from analysis.interpretation import Family, threshold_leaving
 from analysis.live_features import readable_pieces
 from analysis.program import Row, finite
+from analysis.unit_scores import UNITS_AT_ONCE
 from analysis.units import ConceptReading, Split
 from sparse_coding.consistency import Codes
-from sparse_coding.examples import Stream, contexts_of, spread
+from sparse_coding.examples import Stream, contexts_of, groups_first, spread
 from sparse_coding.metrics import interval
 from sparse_coding.polysemanticity import (
     choose_concept,
@@ -35,7 +36,6 @@ from sparse_coding.text import Tokenizer
 from sparse_coding.unit_activity import Activity, unit_activity
 
 N_BINS, N_INTERVALS = 30, 5
-UNITS_AT_ONCE = 128  # bounds the (draws, concepts, units) tensors
 NEURONS_AT_ONCE = 256
 
 
@@ -193,10 +193,7 @@ class Shown(NamedTuple):
         """Its n strongest firings, of as many documents as there are."""
         firing = np.flatnonzero(column > 0)
         firing = firing[np.argsort(-column[firing], kind="stable")]
-        _, first = np.unique(self.stream.group[firing], return_index=True)
-        repeats = np.ones(len(firing), dtype=bool)
-        repeats[first] = False
-        chosen = firing[np.argsort(repeats, kind="stable")][:n]
+        chosen = groups_first(firing, self.stream.group)[:n]
         return self.contexts(column, chosen[np.argsort(-column[chosen], kind="stable")])
 
     def intervals(
@@ -262,7 +259,9 @@ def histogram(
     found: dict[str, Any] = {"edges": [significant(edge) for edge in edges]}
     if heldout is not None:
         found["counts"] = counts(heldout)
-    by_concept = {name: counts(column_b[concept == c]) for c, name in enumerate(names)}
+    firing = np.flatnonzero(column_b > 0)
+    values, concept = column_b[firing], concept[firing]
+    by_concept = {name: counts(values[concept == c]) for c, name in enumerate(names)}
     return found | {"by_concept": {name: n for name, n in by_concept.items() if any(n)}}
 
 

@@ -1,12 +1,13 @@
 """Held-out rows of a language model, with all that rules about their tokens need."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float64, Int
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
+from tqdm import tqdm
 
 from analysis.encoded import places
 from analysis.matched import REACH, scattered
@@ -14,6 +15,7 @@ from analysis.subjects import Material
 from sparse_coding.descriptions import Evidence
 from sparse_coding.evaluation import take_tokens
 from sparse_coding.examples import Stream, first_half
+from sparse_coding.harvest import activations, kept_rows
 from sparse_coding.metrics import bootstrap_weights
 from sparse_coding.text import TokenBatch, token_spans
 from sparse_coding.token_tags import TAGS, token_tags
@@ -63,10 +65,24 @@ def drawn_contexts(
     return batches, np.where(place < 0, -1, place & 0xFFFFFFFF)
 
 
+def kept_activations(
+    material: Material, batches: Sequence[TokenBatch]
+) -> Iterator[tuple[Float[Tensor, "rows d_in"], Int[np.ndarray, " rows"]]]:
+    """Of each batch the activations that count, and their positions among all of `batches`."""
+    hook, start = material.origin.hook_name, 0
+    for batch in tqdm(batches, desc=f"held-out text, {material.lm.name}", unit="batch"):
+        x = activations(material.lm, batch.tokens, [hook])[hook]
+        keep = kept_rows(x, batch.valid.to(x.device), material.max_norm)
+        yield x[keep], start + keep.flatten().nonzero()[:, 0].cpu().numpy()
+        start += keep.numel()
+
+
 class Held(NamedTuple):
     """Held-out rows with all that rules, contexts and scores need."""
 
     stream: Stream
+    ids: Int[np.ndarray, " pieces"]
+    """The tokenizer's number of each of the stream's pieces."""
     evidence: Evidence
     is_finding: Bool[np.ndarray, " rows"]
     weights: Float64[Tensor, "draws groups"]
@@ -109,7 +125,7 @@ def make_held(
     scored = torch.zeros(group.max() + 1, dtype=torch.bool)
     scored[group[~is_finding]] = True
     generator = torch.Generator().manual_seed(seed)
-    return Held(stream, evidence, is_finding, bootstrap_weights(scored, n_draws, generator))
+    return Held(stream, ids, evidence, is_finding, bootstrap_weights(scored, n_draws, generator))
 
 
 def tokens_before(stream: Stream, n: int) -> Int[np.ndarray, " rows"]:

@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
-from tqdm import tqdm
 
-from analysis.held_rows import Held, drawn_contexts, make_held
+from analysis.held_rows import Held, drawn_contexts, kept_activations, make_held
 from analysis.program import Row
 from analysis.subjects import Material
 from analysis.units import choose_units
@@ -43,7 +42,6 @@ from sparse_coding.examples import (
     quiet,
     spread,
 )
-from sparse_coding.harvest import activations, kept_rows
 from sparse_coding.intruders import TextEmbedding, Trial, draw_trials, guesses
 from sparse_coding.judge import Shown
 from sparse_coding.metrics import Interval, interval
@@ -89,18 +87,14 @@ def encode(
     n_rows = sum(int(batch.valid.sum()) for batch in batches)
     advice = "ask for fewer --n-tokens or --n-units"
     check_memory(8 * n_rows * n_units, torch.device("cpu"), "the units' activations", advice)
-    hook, max_norm = material.origin.hook_name, material.max_norm
     found: dict[str, list[Tensor]] = {name: [] for name in asked}
-    position, start = [], 0
-    for batch in tqdm(batches, desc=material.lm.name, unit="batch"):
-        x = activations(material.lm, batch.tokens, [hook])[hook]
-        keep = kept_rows(x, batch.valid.to(x.device), max_norm)
+    position = []
+    for x, places in kept_activations(material, batches):
         for name, (dictionary, units) in asked.items():
-            found[name] += unit_activations(dictionary, x[keep], units)
-        position.append(start + keep.flatten().nonzero()[:, 0].cpu())
-        start += keep.numel()
+            found[name] += unit_activations(dictionary, x, units)
+        position.append(places)
     values = {name: torch.cat(parts).numpy() for name, parts in found.items()}
-    return values, torch.cat(position).numpy()
+    return values, np.concatenate(position)
 
 
 def read(

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data_visualization.files import whole_file
+
 SITE = Path(__file__).parent / "site"
 COLUMNS = (
     "feature", "density", "n_firings", "max", "top_token", "n_eff", "n_eff_low", "n_eff_high",
@@ -108,9 +110,8 @@ def tell_sites(folder: Path) -> None:
 def write_script(site: Path, name: str, content: Any) -> None:
     """`site`/data/`name`.js, whole or not at all."""
     path = site / "data" / f"{name}.js"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(as_script(name, content), encoding="ascii")
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        temporary.write_text(as_script(name, content), encoding="ascii")
 
 
 def sources(folder: Path, name: str | None) -> list[Path]:

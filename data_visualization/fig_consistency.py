@@ -17,6 +17,7 @@ from data_visualization.style import (
     check_rows,
     count,
     main,
+    ratio_axis,
     ratio_colour,
     ratio_label,
     span,
@@ -80,8 +81,7 @@ def draw_ratios(ax: Axes, rows: list[Row], measure: str) -> None:
                 ax.plot([ratio_of(row["a"])] * 2, ends, color=colour, label="_interval")
         null = [row[f"{measure}_null"] for row in of_b]
         ax.plot(xs, null, "--", color=colour, linewidth=0.7, label="_null")
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(ratios, [ratio_label(ratio) for ratio in ratios])
+    ratio_axis(ax, ratios)
     ax.set_ylim(-0.05, 1)
     ax.set_xlabel("ratio whose features seek a partner")
     ax.set_ylabel(MEASURES[measure])

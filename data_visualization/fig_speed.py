@@ -9,7 +9,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from data_visualization.style import LOOK, WIDTH, Row, caption, check_rows, main, ratio_label, span
+from data_visualization.style import LOOK, WIDTH, Row, caption, check_rows, main, ratio_axis, span
 
 TEXT = ("method", "architecture", "dtype", "exact")
 NUMBERS = ("ratio", "d_in", "batch_tokens", "tokens_per_s", "encode_limit_fraction", "n_rounds",
@@ -91,11 +91,6 @@ def draw_ratios(ax: Axes, ours: dict[float, Row]) -> None:
     ax.set_ylabel("times the fastest peer")
     ax.legend(loc="upper left")
     ratio_axis(ax, ratios)
-
-
-def ratio_axis(ax: Axes, ratios: list[float]) -> None:
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(ratios, [ratio_label(r) for r in ratios])
     ax.set_xlabel("ratio of the dictionary to the layer")
 
 

@@ -21,7 +21,7 @@ from data_visualization.style import (
     check_rows,
     is_number,
     main,
-    ratio_label,
+    ratio_axis,
     span,
 )
 
@@ -122,8 +122,7 @@ def draw_panel(ax: Axes, panel: Panel) -> None:
     low, high = ax.get_ylim()
     ax.set_ylim(min(0, low), high + 0.05 * (high - min(0, low)))
     ax.set_ylabel(panel.label)
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(ratios, [ratio_label(ratio) for ratio in ratios])
+    ratio_axis(ax, ratios)
     ax.set_xticks([], minor=True)
     ax.margins(x=0.15)
 

@@ -14,12 +14,12 @@ import base64
 import html
 import importlib
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data_visualization.files import whole_file
 from data_visualization.style import Row, is_number, read_lines, read_rows, save
 
 MAX_ROWS = 60  # of a table; all of them are in the results file
@@ -373,14 +373,11 @@ def main() -> None:
     if not any(section.picture for section in sections):
         sys.exit(f"error: {folders[0]} has no results that could be drawn")
     target = folders[0] / "report.html"
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(page(folders, sections, missing), encoding="utf-8")
-        os.replace(temporary, target)
+        with whole_file(target) as temporary:
+            temporary.write_text(page(folders, sections, missing), encoding="utf-8")
     except OSError as error:
         sys.exit(f"error: {target} could not be written: {error.strerror}")
-    finally:
-        temporary.unlink(missing_ok=True)
     print(f"written: {target}")
 
 

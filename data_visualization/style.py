@@ -6,7 +6,6 @@ Figures read JSON and draw; this module must not import torch or sparse_coding.
 import argparse
 import json
 import math
-import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterable
@@ -15,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from data_visualization.files import whole_file
 
 Row = dict[str, Any]
 
@@ -63,6 +65,12 @@ def ratio_colour(ratio: float) -> tuple[float, float, float, float]:
 
 def ratio_label(ratio: float) -> str:
     return f"1:{ratio:g}"
+
+
+def ratio_axis(ax: Axes, ratios: list[float]) -> None:
+    """The x axis of these ratios, each doubling as wide."""
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(ratios, [ratio_label(ratio) for ratio in ratios])
 
 
 def markers(architectures: Iterable[str]) -> dict[str, str]:
@@ -155,13 +163,8 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     paths = []
     for kind, undated in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
         path = folder / f"{name}.{kind}"
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with matplotlib.rc_context(LOOK):
-                figure.savefig(temporary, format=kind, metadata=undated)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with whole_file(path) as temporary, matplotlib.rc_context(LOOK):
+            figure.savefig(temporary, format=kind, metadata=undated)
         paths.append(path)
     return paths
 

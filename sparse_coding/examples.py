@@ -109,17 +109,23 @@ def deciles(
     return found
 
 
+def groups_first(
+    rows: Rows, group: Int[np.ndarray, " rows"], used: Sequence[int] | np.ndarray = ()
+) -> Rows:
+    """The first of each group before the others, which keep their order; `used` are not first."""
+    _, first = np.unique(group[rows], return_index=True)
+    repeats = np.ones(len(rows), dtype=bool)
+    repeats[first] = False
+    repeats |= np.isin(group[rows], used)
+    return rows[np.argsort(repeats, kind="stable")]
+
+
 def spread(
     rows: Rows, group: Int[np.ndarray, " rows"], n: int, generator: np.random.Generator,
     used: Sequence[int] | np.ndarray = (),
 ) -> Rows:  # fmt: skip
     """At most n of `rows` at random; groups repeat, or are among `used`, only where they must."""
-    shuffled = generator.permutation(rows)
-    _, first = np.unique(group[shuffled], return_index=True)
-    repeats = np.ones(len(shuffled), dtype=bool)
-    repeats[first] = False
-    repeats |= np.isin(group[shuffled], used)
-    return shuffled[np.argsort(repeats, kind="stable")][:n]
+    return groups_first(generator.permutation(rows), group, used)[:n]
 
 
 class Pool(NamedTuple):

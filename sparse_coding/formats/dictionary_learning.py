@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 
 from sparse_coding.errors import UserError
-from sparse_coding.formats.folders import whole_folder
 from sparse_coding.formats.formulas import formulas, refuse_what_cannot_be_said
 from sparse_coding.formats.unpickle import contents, read_checkpoint, write_state_dict
 from sparse_coding.sae import (
@@ -44,7 +43,7 @@ from sparse_coding.sae import (
     TiedL1SAE,
     TopKSAE,
 )
-from sparse_coding.storage import read_json, write_json
+from sparse_coding.storage import read_json, whole_folder, write_json
 
 WEIGHTS, CONFIG = "ae.pt", "config.json"
 OURS = "sparse_coding"  # key of config.json's trainer under which our own facts travel

@@ -27,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparse_coding.errors import UserError
-from sparse_coding.formats.folders import holds_files, whole_folder
+from sparse_coding.formats.folders import holds_files
 from sparse_coding.formats.formulas import formulas, refuse_what_cannot_be_said
 from sparse_coding.formats.tensors import check_tensors, read_tensors, write_tensors
 from sparse_coding.sae import (
@@ -42,7 +42,7 @@ from sparse_coding.sae import (
     TiedL1SAE,
     TopKSAE,
 )
-from sparse_coding.storage import read_json, write_json
+from sparse_coding.storage import read_json, whole_folder, write_json
 
 CONFIG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
 recognises = partial(holds_files, names=(CONFIG, WEIGHTS))
