@@ -182,11 +182,17 @@ def _activations(
 ) -> tuple[Float[Tensor, "rows units"], Float[Tensor, "rows units"]]:
     """Of the sampled units: as they are, and with k features per token of the whole dictionary."""
     cutter = PerTokenTopK(family.dictionary, family.k)
+    column = torch.full((family.dictionary.d_sae,), len(units))  # of all others, thrown away
+    column[units] = torch.arange(len(units))
+    column = column.to(cutter.W_dec.device)
     plain, cut = [], []
     for rows in split.acts[family.hook_name].split(ROWS_AT_ONCE):
         f = family.dictionary.encode(rows.to(cutter.W_dec.device).float())
         plain.append(f[:, units].cpu())
-        cut.append(cutter.cut(f)[:, units].cpu())
+        largest = cutter.largest(f)
+        sampled = f.new_zeros(len(f), len(units) + 1)
+        sampled.scatter_(1, column[largest], f.gather(1, largest))
+        cut.append(sampled[:, :-1].cpu())
     return torch.cat(plain), torch.cat(cut)
 
 

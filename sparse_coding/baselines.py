@@ -11,14 +11,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int
 from scipy.optimize import nnls
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from sparse_coding.dictionary import Dictionary
 from sparse_coding.errors import UserError
-from sparse_coding.sae import SAE, keep_largest
+from sparse_coding.sae import SAE
 
 MIN_EIGENVALUE = 1e-10  # of the largest; below it a direction of the data is rounding error
 ROWS_AT_ONCE = 1024  # bounds the (rows, d_sae) tensors
@@ -78,12 +78,13 @@ class PerTokenTopK(Dictionary):
         return self.dictionary.W_dec
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        return self.cut(self.dictionary.encode(x))
+        f = self.dictionary.encode(x)
+        largest = self.largest(f)
+        return torch.zeros_like(f).scatter(-1, largest, self.gain * f.gather(-1, largest))
 
-    def cut(self, f: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_sae"]:
-        """`encode` of what the other dictionary has encoded as f."""
-        kept = keep_largest(f.abs() * self.W_dec.norm(dim=1), self.k) > 0
-        return self.gain * f * kept
+    def largest(self, f: Float[Tensor, "*batch d_sae"]) -> Int[Tensor, "*batch k"]:
+        """The k features of each row that write most of what the other dictionary encoded as f."""
+        return (f * self.W_dec.norm(dim=1)).abs_().topk(self.k, dim=-1).indices
 
     def decode(self, f: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
         return self.dictionary.decode(f)
