@@ -339,7 +339,7 @@ class Collector:
         config = as_json(self.cfg) | {"sae": self.subject.name}
         about = self.about()
         write_json(
-            temporary / "index.json",
+            folder / "index.json",
             {"config": config, "environment": environment(str(self.material.lm.device)),
              "about": about, "rows": rows},
         )  # fmt: skip
