@@ -40,9 +40,11 @@ from sparse_coding.harvest import (
     Rows,
     StreamingSources,
     harvest_to_cache,
+    side_by_side,
     take_sample,
 )
-from sparse_coding.models import check_hook, load_lm
+from sparse_coding.ladder import ladder
+from sparse_coding.models import check_hook, check_target_hook, load_lm
 from sparse_coding.reporting import (
     Reporter,
     print_card,
@@ -51,13 +53,20 @@ from sparse_coding.reporting import (
     print_results,
 )
 from sparse_coding.runs import Run, cache_settings, run_settings
+from sparse_coding.splice import Target
 from sparse_coding.text import contexts, load_text, starts_with_bos
-from sparse_coding.training import Trainer, ladder, training_config
+from sparse_coding.training import Trainer, training_config
 
-specs = ladder(cfg.architecture, cfg.ratios, cfg.l1_coeffs, cfg.target_l0, cfg.seed)
+target = cfg.target_hook_name  # of transcoders, else None
+specs = ladder(cfg.architecture, cfg.ratios, cfg.l1_coeffs, cfg.target_l0, cfg.seed, bool(target))
+print_plan(cfg, specs)
+if cfg.plan:
+    sys.exit()
 lm = load_lm(cfg.lm, device=cfg.device, dtype=cfg.dtype)
 for hook_name in cfg.hook_name:
     check_hook(lm, hook_name)
+if target:
+    check_target_hook(lm, cfg.hook_name, target)
 text = load_text(
     cfg.text,
     text_field=cfg.text_field,
@@ -65,7 +74,6 @@ text = load_text(
     heldout_fraction=cfg.heldout_fraction,
 )
 run = Run(cfg, run_settings(cfg, lm=lm.identity, text=text.fingerprint_fields()), str(lm.device))
-print_plan(run, lm, specs)
 print_card(text, lm, cfg.output / "cache")
 
 
@@ -87,7 +95,8 @@ def token_batches(split):
 # row i of epoch e is the i-th value of a keyed permutation, so a place in the data is one integer.
 
 # %%
-rows = Rows(lm, lambda: token_batches("train"), cfg.hook_name)
+run.start()
+rows = Rows(lm, lambda: token_batches("train"), cfg.harvested_hooks)
 if cfg.cache:
     settings = cache_settings(cfg, lm.identity, text.fingerprint_fields())
     cache = harvest_to_cache(rows, cfg.output / "cache", settings, cfg.n_tokens, cfg.cache_dtype)
@@ -95,7 +104,7 @@ if cfg.cache:
     sources = AlignedSources(
         {
             hook_name: CachedActivations(cache, hook_name, **batching, device=lm.device)
-            for hook_name in cfg.hook_name
+            for hook_name in cfg.harvested_hooks
         }
     )
     n_steps = sources.n_batches
@@ -106,15 +115,18 @@ else:
 # %% [markdown]
 # ## Train
 # Every SAE sees the same batches. A step is: loss, gradient, projection, Adam, renormalisation;
-# `--step reference` does it by autograd, `auto` by the fastest kernel with the same result.
+# `--step reference` does it by autograd, `auto` by the fastest kernel with the same result. In a
+# transcoder's rows the columns of its target follow those that it encodes.
 
 # %%
-run.start()
 training = training_config(cfg, n_steps)
 trainers = {}
-for hook_name, x in take_sample(sources, 8192).items():
+sample = take_sample(sources, 8192)
+for hook_name in cfg.hook_name:
+    x = side_by_side(sample, cfg.columns(hook_name))
     prefix = f"{hook_name}/" if len(cfg.hook_name) > 1 else ""
-    trainers[hook_name] = Trainer(specs, training, x, prefix)
+    target_width = sample[target].shape[1] if target else 0
+    trainers[hook_name] = Trainer(specs, training, x, prefix, target_width)
 
 parts = {"source": sources, **trainers}
 step = load_run(run.checkpoints, parts) if cfg.resume else 0
@@ -124,13 +136,12 @@ stop = StopSignal()
 with Reporter(run, n_steps, step) as reporter:
     for batch in itertools.islice(sources, n_steps - step):
         for hook_name, trainer in trainers.items():
-            trainer.step(batch[hook_name])
+            trainer.step(side_by_side(batch, cfg.columns(hook_name)))
         step += 1
 
-        is_last = step == n_steps or bool(stop.name)
-        if step % cfg.log_every == 0 or is_last:
+        if step % cfg.log_every == 0 or step == n_steps:
             reporter.log([row for trainer in trainers.values() for row in trainer.metrics()])
-        if step % cfg.checkpoint_every == 0 or is_last:
+        if step % cfg.checkpoint_every == 0 or step == n_steps or stop.name:
             save_run(run.checkpoints, step, parts, cfg.keep_checkpoints)
         if stop.name:
             sys.exit(f"stopped by {stop.name} at step {step} of {n_steps}; go on with --resume")
@@ -144,21 +155,23 @@ stop.restore()
 
 # %%
 heldout = take_tokens(token_batches("heldout"), cfg.n_tokens_eval)
+written = Target(target, rows.max_norms[target]) if target else None
 IDENTITY = ("name", "architecture", "ratio", "l1_coeff", "seed", "hook_name")
 results, densities = [], []
 for hook_name, trainer in trainers.items():
-    evaluation = Evaluation(lm, hook_name, heldout, rows.max_norms[hook_name])
+    evaluation = Evaluation(lm, hook_name, heldout, rows.max_norms[hook_name], target=written)
     saes = trainer.finished_saes()
     measured = evaluate(evaluation, saes, trainer.raw_mean(), cfg.n_tokens_ce)
     for name, facts in trainer.facts().items():
-        row = {"name": name, "lm": cfg.lm, "hook_name": hook_name} | facts | measured[name].row
+        hooks = {"hook_name": hook_name} | ({"hook_name_out": target} if target else {})
+        row = {"name": name, "lm": cfg.lm} | hooks | facts | measured[name].row
         results.append(row)
         n_firings, n_rows = measured[name].n_firings, row["n_tokens_eval"]
         identity = {key: row[key] for key in IDENTITY}
         densities += [identity | bin_ for bin_ in density_histogram(n_firings, n_rows)]
         metadata = {
             "model_name": cfg.lm,
-            "hook_name": hook_name,
+            **hooks,
             "context_size": cfg.context_length,
             "dataset_path": cfg.text,
             "prepend_bos": starts_with_bos(lm.tokenizer, cfg.bos),

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from analysis.program import MeasureConfig, refuse_below_one, run_program
+from analysis.program import MeasureConfig, run_program
 from sparse_coding.errors import UserError
+from sparse_coding.settings import Count, CountOrZero, Draws, Range, Seed
 
 if TYPE_CHECKING:
     from analysis.subjects import Subject
@@ -39,39 +40,34 @@ class Config(MeasureConfig):
     """A run folder, an SAE folder, a dictionary of another library, or a release."""
     saes: tuple[str, ...] = ()
     """Names of the run's SAEs; none: the first of the ratio nearest to 4."""
-    features: tuple[int, ...] = ()
+    features: tuple[CountOrZero, ...] = ()
     """Numbers of features; none: all, or `n_features` of them."""
-    n_features: int = 0
+    n_features: CountOrZero = 0
     """So many features, drawn with the seed; 0: all."""
-    n_tokens: int = 100_000
+    n_tokens: Count = 100_000
     """Held-out tokens, of contexts drawn from all over the held-out text."""
-    n_documents: int = 200
+    n_documents: Annotated[int, Range(MIN_DOCUMENTS)] = 200
     """Documents of each concept and source."""
-    n_contexts: int = 60
+    n_contexts: Annotated[int, Range(10, or_zero=True)] = 60
     """Contexts of each kind in each half that descriptions are found and scored on; 0: none."""
-    n_effects: int = 0
+    n_effects: CountOrZero = 0
     """Features that are taken away from the running model, drawn with the seed."""
-    n_draws: int = 500
+    n_draws: Draws = 500
     """Bootstrap draws of documents."""
-    seed: int = 0
+    seed: Seed = 0
     """Of all that is drawn."""
 
 
 def main(cfg: Config) -> None:
     """Choose dictionaries, collect each, write."""
-    refuse_below_one(cfg, "n_tokens", "n_draws")
     if not cfg.source:
         raise UserError("name a run's folder, a dictionary or a release")
     if cfg.output is not None:
         raise UserError("--output: the dashboard's data always go to results/dashboard")
-    if 0 < cfg.n_contexts < 10 or cfg.n_contexts < 0:
-        raise UserError(f"--n-contexts {cfg.n_contexts}: give 10 or more, or 0 for none")
-    if cfg.n_documents < MIN_DOCUMENTS:
-        raise UserError(f"--n-documents {cfg.n_documents}: give {MIN_DOCUMENTS} or more")
 
     from analysis.subjects import load_subjects
 
-    subjects = load_subjects([cfg.source], cfg)
+    subjects = load_subjects([cfg.source], cfg, with_transcoders=not cfg.n_effects)
     chosen = choose(subjects, cfg.saes)
     check_features(cfg, chosen)
     folders = {subject.name: folder_of(cfg, subject) for subject in chosen}

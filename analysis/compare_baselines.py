@@ -24,13 +24,13 @@ from analysis.program import (
     MeasureConfig,
     Row,
     print_table,
-    refuse_below_one,
     refuse_no_run,
     results_path,
     run_program,
     write_results,
 )
 from sparse_coding.errors import UserError
+from sparse_coding.settings import Count, CountOrZero, OutputFile, Ratio, Seed
 
 if TYPE_CHECKING:
     from analysis.subjects import Material, Subject
@@ -48,27 +48,27 @@ class Config:
 
     run: Annotated[Path, tyro.conf.Positional]
     """A finished run's folder."""
-    ratios: tuple[int, ...] = ()
+    ratios: tuple[Ratio, ...] = ()
     """Of the run's SAEs only those of these ratios; empty: all."""
     families: tuple[Literal[(*CONTROLS, *FITTED)], ...] = (*CONTROLS, *FITTED)
     """What the SAEs are compared with."""
     random_lms: tuple[Literal["random", "shuffled"], ...] = ("random", "shuffled")
     """Also train and compare SAEs on the run's model with random or shuffled weights."""
-    n_tokens_train: int = 0
+    n_tokens_train: CountOrZero = 0
     """Activations that controls and families learn from; 0: as many as the run's SAEs."""
-    n_tokens_ica: int = 20_000
+    n_tokens_ica: Count = 20_000
     """Of them, how many ICA sees: it holds them all in memory, in float64."""
-    ica_iterations: int = 200
+    ica_iterations: Count = 200
     """ICA stops here at the latest; whether it has converged is in the results."""
-    n_tokens: int = 30_000
+    n_tokens: Count = 30_000
     """Held-out activations to measure on, or all there are; contexts are drawn at random."""
-    n_tokens_ce: int = 8_000
+    n_tokens_ce: Count = 8_000
     """Of them, tokens for cross-entropy, which needs a run of the model per dictionary."""
-    seed: int = 0
+    seed: Seed = 0
     """Of random directions, rotations, ICA's start and the choice of contexts."""
     device: str = "auto"
     """auto (CUDA, then MPS, then CPU) or a torch device."""
-    output: Path | None = None
+    output: OutputFile | None = None
     """Results file; by default results/compare_baselines.json in the run."""
     overwrite: bool = False
     """Replace the results file if it exists."""
@@ -88,7 +88,6 @@ TABLE = {
 
 def main(cfg: Config) -> None:
     """Fit and train, measure, print, write."""
-    refuse_below_one(cfg, "n_tokens", "n_tokens_ce", "n_tokens_ica", "ica_iterations")
     refuse_no_run(cfg.run)
 
     from analysis.subjects import Material, by_origin, load_subjects

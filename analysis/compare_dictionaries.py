@@ -22,11 +22,11 @@ import tyro
 from analysis.program import (
     MeasureConfig,
     print_table,
-    refuse_below_one,
     results_path,
     run_program,
     write_results,
 )
+from sparse_coding.settings import Count, Seed
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class Config(MeasureConfig):
 
     dictionaries: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Run folders, SAE folders, dictionaries of other libraries, or releases; two or more."""
-    n_tokens: int = 200_000
+    n_tokens: Count = 200_000
     """Held-out tokens that every dictionary encodes, or all there are; the number is reported."""
-    min_firings: int = 10
+    min_firings: Count = 10
     """A feature takes part if it is active on as many tokens of either half of the documents."""
     one_to_one: bool = True
     """Also match directions one to one (the Hungarian algorithm; about a minute for 18,432)."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the random directions."""
 
 
@@ -61,7 +61,6 @@ TABLE = {
 
 def main(cfg: Config) -> None:
     """Encode, compare, print, write."""
-    refuse_below_one(cfg, "n_tokens", "min_firings")
 
     from tqdm import tqdm
 

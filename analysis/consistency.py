@@ -29,17 +29,17 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from analysis.program import (
     MeasureConfig,
     Row,
     print_table,
-    refuse_below_one,
     results_path,
     run_program,
     write_results,
 )
+from sparse_coding.settings import Count, CountOrZero, OutputFolder, Positive, Range, Ratio, flag
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,25 +50,25 @@ class Config(MeasureConfig):
 
     lm: str = "smollm2-135m"
     """The language model whose ratios, seeds and layers are studied."""
-    layers: tuple[int, ...] = (12, 6, 18, 24)
+    layers: tuple[CountOrZero, ...] = (12, 6, 18, 24)
     """Blocks whose output (hook_resid_post) is studied; ratios are compared at the first."""
-    ratios: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    ratios: tuple[Ratio, ...] = (1, 2, 4, 8, 16, 32)
     """Dictionary sizes as multiples of the width, compared at the first layer."""
-    ratio: int = 4
+    ratio: Ratio = 4
     """The ratio that layers and models are compared at."""
-    seeds: int = 3
+    seeds: Annotated[int, Range(2)] = 3
     """SAEs per condition, two or more."""
     other_lms: tuple[str, ...] = ("tiny-a", "tiny-b")
     """Language models that are compared with each other and with the first, at the same depth."""
-    target_l0: float = 30.0
+    target_l0: Positive = 30.0
     """Mean active features per token of every SAE."""
-    n_tokens_train: int = 300_000
+    n_tokens_train: Count = 300_000
     """Activations that each SAE learns from."""
-    n_tokens: int = 100_000
+    n_tokens: Count = 100_000
     """Held-out tokens that every SAE encodes for the comparison, or all there are."""
-    min_firings: int = 10
+    min_firings: Count = 10
     """A feature takes part if it is active on as many tokens of either half of the documents."""
-    runs: Path = Path("outputs")
+    runs: OutputFolder = Path("outputs")
     """Holds runs/consistency_*, the trained SAEs."""
 
 
@@ -104,14 +104,12 @@ TABLE = {
 
 def main(cfg: Config) -> None:
     """Train what is missing, compare, print, write."""
-    refuse_below_one(cfg, "n_tokens", "n_tokens_train", "min_firings", "ratio")
 
     from sparse_coding.errors import UserError
 
-    if cfg.seeds < 2:
-        raise UserError(f"--seeds {cfg.seeds} is not possible; two or more are compared")
     if not cfg.layers or not cfg.ratios:
         raise UserError("--layers and --ratios need at least one value each")
+    check(cfg)
     path = results_path(cfg, "consistency", [])
     depths = relative_layers(cfg)
     trainings = plan(cfg, depths)
@@ -132,12 +130,33 @@ def main(cfg: Config) -> None:
     write_results(path, cfg, summary + pairs, cfg.device)
 
 
+def check(cfg: Config) -> None:
+    """`UserError` about what would end a training, before the first begins."""
+    from sparse_coding.errors import UserError
+    from sparse_coding.models import choose_device, layer_of, size_of
+    from sparse_coding.text import load_text
+
+    for name in ("hook_name", "target_hook_name"):
+        if getattr(cfg, name):
+            raise UserError(
+                f"{flag(name)} {getattr(cfg, name)} is not for this study, which reads "
+                "hook_resid_post of the blocks that --layers names"
+            )
+    choose_device(cfg.device)
+    lm = size_of(cfg.lm)
+    for layer in cfg.layers:
+        layer_of(hook(layer), lm)
+    load_text(cfg.text or "builtin", text_field=cfg.text_field or "text")
+
+
 def relative_layers(cfg: Config) -> dict[str, int]:
     """Of the other language models, the layer at the depth of the first layer studied."""
-    from sparse_coding.models import n_layers_of
+    from sparse_coding.models import size_of
 
-    share = (cfg.layers[0] + 1) / n_layers_of(cfg.lm)
-    return {lm: max(0, round(share * n_layers_of(lm)) - 1) for lm in dict.fromkeys(cfg.other_lms)}
+    share = (cfg.layers[0] + 1) / size_of(cfg.lm).n_layers
+    return {
+        lm: max(0, round(share * size_of(lm).n_layers) - 1) for lm in dict.fromkeys(cfg.other_lms)
+    }
 
 
 def plan(cfg: Config, depths: dict[str, int]) -> list[Training]:
@@ -157,23 +176,23 @@ def train(training: Training, cfg: Config) -> None:
     folder = cfg.runs / "runs" / training.name
     settings: dict[str, Any] = {
         "lm": training.lm,
-        "hook-name": [hook(layer) for layer in training.layers],
+        "hook_name": [hook(layer) for layer in training.layers],
         "ratios": training.ratios,
         "seed": range(cfg.seeds),
-        "target-l0": [cfg.target_l0],
-        "n-tokens": [cfg.n_tokens_train],
-        "n-tokens-eval": [8_000],
-        "n-tokens-ce": [1_000],
+        "target_l0": [cfg.target_l0],
+        "n_tokens": [cfg.n_tokens_train],
+        "n_tokens_eval": [8_000],
+        "n_tokens_ce": [1_000],
         "name": [training.name],
         "output": [cfg.runs],
         "device": [cfg.device],
     }
     given = ("text", "text_field", "context_length", "bos", "heldout_fraction", "dtype")
-    settings |= {key.replace("_", "-"): [getattr(cfg, key)] for key in given if getattr(cfg, key)}
+    settings |= {key: [getattr(cfg, key)] for key in given if getattr(cfg, key)}
     words = [sys.executable, str(ROOT / "easy_training_base.py")]
-    for flag, values in settings.items():
+    for key, values in settings.items():
         values = [values] if isinstance(values, str) else values
-        words += [f"--{flag}", *map(str, values)]
+        words += [flag(key), *map(str, values)]
     if (folder / "summary.json").is_file():
         _check_finished(folder, cfg, training)
         return
@@ -187,20 +206,20 @@ def train(training: Training, cfg: Config) -> None:
 def _check_finished(folder: Path, cfg: Config, training: Training) -> None:
     """`UserError` unless the finished run was made with this study's settings."""
     from sparse_coding.errors import UserError
-    from sparse_coding.storage import read_json
+    from sparse_coding.storage import read_object
 
-    found = read_json(folder / "config.json")["config"]
+    found = read_object(folder / "config.json", "config")["config"]
     wanted = {
         "n_tokens": cfg.n_tokens_train,
         "target_l0": [cfg.target_l0],
         "seed": list(range(cfg.seeds)),
-        "text": cfg.text or found["text"],
+        "text": cfg.text or found.get("text"),
     }
     for key, value in wanted.items():
-        if found[key] != value:
+        if found.get(key) != value:
             raise UserError(
-                f"{folder} was trained with {key} {found[key]}, but {value} is asked for; give "
-                "another --runs or remove that run"
+                f"{folder} was trained with {key} {found.get(key)}, but {value} is asked for; "
+                "give another --runs or remove that run"
             )
 
 

@@ -24,10 +24,11 @@ from sparse_coding.dictionary import Dictionary
 from sparse_coding.errors import UserError
 from sparse_coding.formats.saelens import load_saelens, save_saelens
 from sparse_coding.harvest import AlignedSources, Rows, harvest_to_cache, take_sample
+from sparse_coding.ladder import SAESpec
 from sparse_coding.runs import cache_settings
 from sparse_coding.sae import ARCHITECTURES, SAE, UntiedSAE
-from sparse_coding.storage import read_json
-from sparse_coding.training import Lane, SAESpec, Trainer, training_config
+from sparse_coding.storage import read_object
+from sparse_coding.training import Lane, Trainer, training_config
 
 SAMPLE_TOKENS = 8192  # as in easy_training_base.py: the start and the scale depend on it
 UNTRAINED, FROZEN = "untrained", "frozen_decoder"
@@ -36,7 +37,7 @@ RETRAINED = "sae"  # the SAEs themselves, trained again: what other activations 
 
 def run_config(run: Path, origin: Origin) -> RunConfig:
     """The configuration that a run was started with, for one of its hooks' origins."""
-    saved = read_json(run / "config.json")["config"]
+    saved = read_object(run / "config.json", "config")["config"]
     fields = {field.name for field in dataclasses.fields(RunConfig)} & saved.keys()
     values = {
         name: tuple(saved[name]) if isinstance(saved[name], list) else saved[name]
@@ -150,7 +151,7 @@ def _can_freeze(subject: Subject) -> bool:
 def _holds(folder: Path, facts: dict[str, int | str]) -> bool:
     if not (folder / "cfg.json").is_file():
         return False
-    metadata = read_json(folder / "cfg.json")["metadata"]
+    metadata = read_object(folder / "cfg.json", "metadata")["metadata"]
     return all(metadata.get(key) == value for key, value in facts.items())
 
 

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING
 from zlib import crc32
 
@@ -24,11 +23,11 @@ import numpy as np
 from analysis.program import (
     Row,
     print_table,
-    refuse_below_one,
     results_path,
     run_program,
     write_results,
 )
+from sparse_coding.settings import Count, CountOrZero, Draws, OutputFile, Seed
 
 if TYPE_CHECKING:
     from sparse_coding.concepts import Concept, ConceptCorpus, ConceptDocument
@@ -46,26 +45,25 @@ class Config:
 
     lm: str = "smollm2-135m"
     """Language model whose tokenizer cuts the documents."""
-    n_tokens: int = 64
+    n_tokens: Count = 64
     """Tokens of a document."""
-    n_documents: int = 200
+    n_documents: Count = 200
     """Documents of each concept and source."""
     concepts: tuple[str, ...] = ()
     """Names of concepts; none: all."""
-    n_natural: int = 200
+    n_natural: CountOrZero = 200
     """Held-out documents of the text builtin in which token tags are counted; 0: not counted."""
-    n_draws: int = 1000
+    n_draws: Draws = 1000
     """Bootstrap draws behind the intervals."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the bootstrap."""
-    output: Path | None = None
+    output: OutputFile | None = None
     """Results file; by default outputs/results/describe_concepts.json."""
     overwrite: bool = False
     """Replace the results file if it exists."""
 
 
 def main(cfg: Config) -> None:
-    refuse_below_one(cfg, "n_tokens", "n_documents", "n_draws")
     path = results_path(cfg, "describe_concepts", [])
     from sparse_coding.concepts import concept_documents, find_concepts, recipe
     from sparse_coding.models import load_lm

@@ -6,9 +6,10 @@
 
 The demo's six SAEs take about four minutes on two cores with the defaults. Every number is of
 documents that were never trained on, without first positions, special tokens and attention sinks
-(those rows are reported apart); brackets are 95 % intervals of a bootstrap over documents, the
-same draws for all dictionaries. Writes results/evaluate.json and, with the histograms of firing
-rates, results/evaluate_density.json. What each column means: analysis/README.md.
+(those rows are reported apart); of a transcoder all but L0 is of its target. Brackets are 95 %
+intervals of a bootstrap over documents, the same draws for all dictionaries. Writes
+results/evaluate.json and, with the histograms of firing rates, results/evaluate_density.json. What
+each column means: analysis/README.md.
 """
 
 from dataclasses import dataclass
@@ -19,11 +20,11 @@ import tyro
 from analysis.program import (
     MeasureConfig,
     print_table,
-    refuse_below_one,
     results_path,
     run_program,
     write_results,
 )
+from sparse_coding.settings import Count
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,9 @@ class Config(MeasureConfig):
 
     dictionaries: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Run folders, SAE folders, dictionaries of other libraries, or releases."""
-    n_tokens: int = 1_000_000
+    n_tokens: Count = 1_000_000
     """Held-out activations to measure on, or all there are; the number is reported."""
-    n_tokens_ce: int = 20_000
+    n_tokens_ce: Count = 20_000
     """Of them, tokens for cross-entropy and KL, which need a run of the whole model each."""
     random_error: bool = True
     """Also measure the control: an error of the same norm in a random direction."""
@@ -56,18 +57,17 @@ TABLE = {
 
 def main(cfg: Config) -> None:
     """Measure, print, write."""
-    refuse_below_one(cfg, "n_tokens", "n_tokens_ce")
 
     from analysis.subjects import Material, by_origin, load_subjects
     from sparse_coding.evaluation import density_histogram, evaluate
 
-    subjects = load_subjects(cfg.dictionaries, cfg)
+    subjects = load_subjects(cfg.dictionaries, cfg, with_transcoders=True)
     path = results_path(cfg, "evaluate", [subject.run for subject in subjects])
     rows, densities = [], []
     for origin, group in by_origin(subjects).items():
         material = Material(origin, cfg.device)
         material.check(group)
-        moments = material.training_moments()
+        moments = material.training_moments(origin.target_hook_name or origin.hook_name)
         evaluation = material.evaluation(cfg.n_tokens, moments.variance)
         dictionaries = {subject.name: subject.dictionary for subject in group}
         measured = evaluate(
@@ -76,6 +76,8 @@ def main(cfg: Config) -> None:
         for subject in group:
             row, n_firings = measured[subject.name]
             identity = {"name": subject.name, "lm": origin.lm, "hook_name": origin.hook_name}
+            if origin.target_hook_name:
+                identity["hook_name_out"] = origin.target_hook_name
             identity |= subject.facts
             rows.append(identity | {"split": "heldout"} | row)
             histogram = density_histogram(n_firings, row["n_tokens_eval"])

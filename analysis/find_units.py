@@ -27,13 +27,13 @@ from analysis.program import (
     Row,
     finite,
     print_table,
-    refuse_below_one,
     refuse_no_run,
     results_path,
     run_program,
     write_results,
 )
 from sparse_coding.errors import UserError
+from sparse_coding.settings import Count, CountOrZero, OpenFraction, Seed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -54,19 +54,18 @@ class Config(ConceptConfig):
 
     concepts: tuple[str, ...] = ("citations", "dialogue", "http", "korean")
     """Two or more concepts; the others of the corpus are what they are compared with."""
-    ratio: int = 0
+    ratio: CountOrZero = 0
     """Of the run's SAEs the first of this ratio; 0: the nearest to 4."""
-    rate: float = 0.01
+    rate: OpenFraction = 0.01
     """Share of all tokens on which every unit fires."""
-    n_show: int = 5
+    n_show: Count = 5
     """Neurons of each family that are shown."""
-    seed: int = 0
+    seed: Seed = 0
     """Of random directions and draws."""
 
 
 def main(cfg: Config) -> None:
     """Read the corpus, search, measure, print, write."""
-    refuse_below_one(cfg, "n_show", "n_documents", "n_draws")
     if len(set(cfg.concepts)) < 2:
         raise UserError("name two or more different --concepts")
     refuse_no_run(cfg.run)

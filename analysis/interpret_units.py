@@ -28,12 +28,12 @@ from analysis.program import (
     MeasureConfig,
     Row,
     print_table,
-    refuse_below_one,
     results_path,
     run_program,
     write_results,
 )
 from sparse_coding.errors import UserError
+from sparse_coding.settings import Count, CountOrZero, Draws, Positive, Range, Seed
 
 if TYPE_CHECKING:
     from analysis.interpretation import Family, Tools
@@ -50,18 +50,18 @@ class Config(MeasureConfig):
 
     dictionaries: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Run folders, SAE folders, dictionaries of other libraries, or releases."""
-    n_units: int = 50
+    n_units: Count = 50
     """Units sampled of each dictionary; those that fire too rarely are counted."""
-    n_tokens: int = 100_000
+    n_tokens: Count = 100_000
     """Held-out tokens, of contexts drawn from all over the held-out text."""
     families: tuple[Literal[CONTROLS], ...] = CONTROLS
     """What stands beside each dictionary, unit by unit at the same firing rate."""
-    n_contexts: int = 150
+    n_contexts: Annotated[int, Range(10)] = 150
     """Contexts of each kind in each half: firing, any silent ones, silent ones on the same
     tokens, after the same tokens, and the most similar ones."""
-    n_trials: int = 3
+    n_trials: Count = 3
     """Intruder trials of each unit in each decile of its activation, for each kind of intruder."""
-    n_draws: int = 1000
+    n_draws: Draws = 1000
     """Bootstrap draws of documents and units."""
     judge_url: str = ""
     """OpenAI-compatible endpoint up to the version, e.g. http://localhost:8000/v1; empty: none.
@@ -70,17 +70,17 @@ class Config(MeasureConfig):
     """The endpoint's name of the judge."""
     judge_protocols: tuple[Literal[PROTOCOLS], ...] = PROTOCOLS
     """What the judge does besides explaining."""
-    judge_units: int = 10
+    judge_units: Count = 10
     """Units of each family that the judge is asked about."""
-    judge_contexts: int = 20
+    judge_contexts: Annotated[int, Range(4)] = 20
     """Contexts that a description is tried on, half of them firing."""
-    judge_max_calls: int = 2000
+    judge_max_calls: CountOrZero = 2500
     """More questions than this are refused before anything is measured."""
-    judge_timeout: float = 120.0
+    judge_timeout: Positive = 120.0
     """Seconds after which an answer is given up."""
-    judge_attempts: int = 4
+    judge_attempts: Count = 4
     """How often a question is put to an endpoint that does not answer."""
-    seed: int = 0
+    seed: Seed = 0
     """Of samples of units, contexts, trials, draws and random directions."""
 
 
@@ -112,17 +112,9 @@ JUDGED = {
 
 def main(cfg: Config) -> None:
     """Read, measure, print, write."""
-    refuse_below_one(
-        cfg, "n_units", "n_tokens", "n_trials", "n_draws", "judge_units", "judge_attempts"
-    )
-    if cfg.n_contexts < 10 or cfg.judge_contexts < 4:
-        raise UserError(
-            f"--n-contexts {cfg.n_contexts} and --judge-contexts {cfg.judge_contexts}: at least "
-            "10 and 4 are needed"
-        )
     from analysis.subjects import by_origin, load_subjects
 
-    subjects = load_subjects(cfg.dictionaries, cfg)
+    subjects = load_subjects(cfg.dictionaries, cfg, with_transcoders=True)
     path = results_path(cfg, "interpret_units", [subject.run for subject in subjects])
     judge = make_judge(cfg, path, len(subjects) * (1 + len(cfg.families)))
     rows: list[Row] = []
@@ -177,7 +169,7 @@ def interpret(
         s.name: (s.dictionary, choose_units(s.dictionary.d_sae, cfg.n_units, cfg.seed))
         for s in group
     }
-    mean = material.training_moments().mean
+    mean = material.training_moments(material.origin.hook_name).mean
     beside = controls(cfg.families, mean, cfg.n_units, cfg.seed, material.lm.device)
     held, values = read(material, asked | beside, cfg.n_tokens, cfg.n_draws, cfg.seed)
     tools = make_tools(material, held, cfg.seed)

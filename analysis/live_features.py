@@ -21,7 +21,8 @@ from analysis.subjects import Material, load_subjects
 from sparse_coding.dictionary import Dictionary
 from sparse_coding.errors import UserError
 from sparse_coding.harvest import activations, kept_rows
-from sparse_coding.storage import read_json
+from sparse_coding.models import choose_device
+from sparse_coding.storage import read_object
 from sparse_coding.text import Tokenizer, special_ids, starts_with_bos, valid_positions
 
 MAX_CHARACTERS = 20_000
@@ -110,20 +111,23 @@ class Config:
 
 def reader_of(cfg: Config) -> Reader:
     """The dictionary that `collect_dashboard` collected, as it did."""
+    choose_device(cfg.device)
     index = cfg.folder / "results" / "dashboard" / cfg.name / "index.json"
     if not index.is_file():
         raise UserError(f"{index} does not exist; run python -m analysis.collect_dashboard")
-    content = read_json(index)
-    config = content["config"]
+    content = read_object(index, "config")
+    config, rows = content["config"], content.get("rows")
+    if not {"source", "sae"} <= config.keys() or not isinstance(rows, list):
+        raise UserError(f"{index} is of another version; collect it anew")
     known = [key for key in MeasureConfig.__dataclass_fields__ if key in config]
     settings = {key: config[key] for key in known} | {"device": cfg.device, "output": None}
-    subjects = load_subjects([config["source"]], MeasureConfig(**settings))
+    subjects = load_subjects([config["source"]], MeasureConfig(**settings), with_transcoders=True)
     chosen = [subject for subject in subjects if subject.name == config["sae"]]
     if not chosen:
         raise UserError(f"{config['source']} has no dictionary {config['sae']} any more")
     material = Material(chosen[0].origin, cfg.device)
     material.check(chosen)
-    features = torch.tensor([row["feature"] for row in content["rows"]])
+    features = torch.tensor([row["feature"] for row in rows])
     return Reader(material, chosen[0].dictionary, features)
 
 

@@ -35,13 +35,13 @@ from analysis.program import (
     ConceptConfig,
     Row,
     print_table,
-    refuse_below_one,
     refuse_no_run,
     results_path,
     run_program,
     write_results,
 )
 from sparse_coding.errors import UserError
+from sparse_coding.settings import Count, CountOrZero, OpenFraction, Seed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,7 +59,7 @@ CONTROLS = ("frozen_decoder", "untrained")  # names as in analysis.controls, whi
 class Config(ConceptConfig):
     """Which units, on which documents, at which rates."""
 
-    ratio: int = 0
+    ratio: CountOrZero = 0
     """Of the SAEs that families are set against and that have controls; 0: the nearest to 4."""
     families: tuple[Literal[("mlp_neurons", *CONTROLS, *BASES, *DRAWN)], ...] = (
         "mlp_neurons", *CONTROLS, *BASES, *DRAWN,
@@ -67,23 +67,23 @@ class Config(ConceptConfig):
     """What the SAEs are compared with."""
     random_lms: tuple[Literal["random", "shuffled"], ...] = ("random", "shuffled")
     """Also SAEs trained on the run's model with random or shuffled weights."""
-    rate: float = 0.003
+    rate: OpenFraction = 0.003
     """The primary firing rate: details, units and the headline are of it."""
-    rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03)
+    rates: tuple[OpenFraction, ...] = (0.001, 0.003, 0.01, 0.03)
     """All firing rates that families are compared at."""
     concepts: tuple[str, ...] = ()
     """Names of concepts; none: all."""
-    n_units: int = 300
+    n_units: Count = 300
     """Units sampled of each dictionary."""
-    n_effects: int = 8
+    n_effects: CountOrZero = 8
     """Units of each dictionary's first seed that are taken out of the model; 0: none."""
-    n_tokens_train: int = 0
+    n_tokens_train: CountOrZero = 0
     """Activations that controls and bases learn from; 0: as many as the run's SAEs."""
-    n_tokens_ica: int = 10_000
+    n_tokens_ica: Count = 10_000
     """Of them, how many ICA sees."""
-    ica_iterations: int = 200
+    ica_iterations: Count = 200
     """ICA stops here at the latest."""
-    seed: int = 0
+    seed: Seed = 0
     """Of samples of units, draws, and the first of three seeds of random directions."""
 
 
@@ -116,7 +116,6 @@ CONTRASTS = {
 
 def main(cfg: Config) -> None:
     """Read the corpus, measure family by family, print, write."""
-    refuse_below_one(cfg, "n_documents", "n_units", "n_draws", "n_tokens_ica", "ica_iterations")
     refuse_no_run(cfg.run)
     if cfg.rate not in cfg.rates:
         raise UserError(

@@ -33,20 +33,20 @@ within concepts; seed "all": Student's t over seeds. Writes results/probe_concep
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from analysis.program import (
     ConceptConfig,
     MeasureConfig,
     Row,
     print_table,
-    refuse_below_one,
     refuse_no_run,
     results_path,
     run_program,
     write_results,
 )
 from sparse_coding.errors import UserError
+from sparse_coding.settings import Count, CountOrZero, Range, Ratio, Seed
 
 if TYPE_CHECKING:
     from analysis.concept_probes import Probed
@@ -64,19 +64,21 @@ FITTED = (RANDOM, "neuron_basis", "pca")
 class Config(ConceptConfig):
     """Which features are probed, on which documents."""
 
-    ratios: tuple[int, ...] = ()
+    n_documents: Annotated[int, Range(MIN_DOCUMENTS)] = 200
+    """Documents of each concept and source."""
+    ratios: tuple[Ratio, ...] = ()
     """Of the run's SAEs only those of these ratios; empty: all."""
     families: tuple[Literal[("untrained", *FITTED, "mlp_neurons")], ...] = (
         "untrained", *FITTED, "mlp_neurons",
     )  # fmt: skip
     """What the SAEs are compared with."""
-    ks: tuple[int, ...] = (1, 2, 5, 16)
+    ks: tuple[Count, ...] = (1, 2, 5, 16)
     """Numbers of features that a probe reads."""
     concepts: tuple[str, ...] = ()
     """Names of concepts; none: all."""
-    n_tokens_train: int = 0
+    n_tokens_train: CountOrZero = 0
     """Activations that controls and PCA learn from; 0: as many as the run's SAEs."""
-    seed: int = 0
+    seed: Seed = 0
     """Of random directions, shuffled labels and draws."""
 
 
@@ -101,15 +103,9 @@ TABLES = {
 
 def main(cfg: Config) -> None:
     """Read the corpus, probe family by family, print, write."""
-    refuse_below_one(cfg, "n_draws")
     refuse_no_run(cfg.run)
-    if cfg.n_documents < MIN_DOCUMENTS:
-        raise UserError(
-            f"--n-documents {cfg.n_documents} leave nothing to cross-validate with; give "
-            f"{MIN_DOCUMENTS} or more"
-        )
-    if not cfg.ks or min(cfg.ks) < 1:
-        raise UserError(f"--ks {' '.join(map(str, cfg.ks))}: give numbers of 1 or more")
+    if not cfg.ks:
+        raise UserError("--ks needs at least one value")
     if len(set(cfg.concepts)) == 1:
         raise UserError("--concepts names one concept; a probe needs another to tell it from")
     path = results_path(cfg, "probe_concepts", [cfg.run])

@@ -15,6 +15,7 @@ import tyro
 
 from sparse_coding.config import as_json, environment
 from sparse_coding.errors import UserError, report_user_errors_in_one_line
+from sparse_coding.settings import Count, Draws, OutputFile, Range, read_settings
 from sparse_coding.storage import write_json
 
 Row = dict[str, Any]
@@ -32,23 +33,25 @@ class MeasureConfig:
     """Language model, as in easy_training_base.py."""
     hook_name: str = ""
     """Where its activations are read, e.g. blocks.12.hook_resid_post."""
+    target_hook_name: str = ""
+    """Where what a transcoder decodes belongs, e.g. blocks.12.hook_mlp_out."""
     text: str = ""
     """builtin, a local file or folder, or a hub data set; empty: the dictionary's own, else
     builtin."""
     text_field: str = ""
     """The field of a jsonl, parquet or hub record that holds the text; empty: the run's, else
     text."""
-    context_length: int = 0
+    context_length: Annotated[int, Range(2, or_zero=True)] = 0
     """Tokens the language model sees at once; 0: the dictionary's, else 128."""
     bos: Literal["", "auto", "always", "never"] = ""
     """Whether a context begins with the BOS token; empty: the dictionary's, else auto."""
-    heldout_fraction: float = 0.0
+    heldout_fraction: Annotated[float, Range(0, 1, is_open=True, or_zero=True)] = 0.0
     """Share of the documents held out; 0: the run's, else 0.05."""
     device: str = "auto"
     """auto (CUDA, then MPS, then CPU) or a torch device."""
     dtype: Literal["", "auto", "bfloat16", "float16", "float32"] = ""
     """Number format of the language model; empty: the run's, else auto."""
-    output: Path | None = None
+    output: OutputFile | None = None
     """Results file; by default results/PROGRAM.json in the one run that was given, else in
     outputs/results."""
     overwrite: bool = False
@@ -61,15 +64,15 @@ class ConceptConfig:
 
     run: Annotated[Path, tyro.conf.Positional]
     """A finished run's folder, best one with several ratios and seeds."""
-    n_documents: int = 200
+    n_documents: Count = 200
     """Documents of each concept and source."""
-    n_tokens: int = 64
+    n_tokens: Count = 64
     """Tokens of a document."""
-    n_draws: int = 1000
+    n_draws: Draws = 1000
     """Bootstrap draws of the documents."""
     device: str = "auto"
     """auto (CUDA, then MPS, then CPU) or a torch device."""
-    output: Path | None = None
+    output: OutputFile | None = None
     """Results file; by default results/PROGRAM.json in the run."""
     overwrite: bool = False
     """Replace the results file if it exists."""
@@ -82,17 +85,7 @@ def run_program(config: type[Config], main: Callable[[Config], None]) -> None:
     """Read the command line into `config` and call `main` with it; user errors are one line."""
     report_user_errors_in_one_line()
     description = (sys.modules["__main__"].__doc__ or "").strip()
-    main(tyro.cli(config, description=description))
-
-
-def refuse_below_one(cfg: Any, *fields: str) -> None:
-    """`UserError` if one of these settings is under 1."""
-    for field in fields:
-        if getattr(cfg, field) < 1:
-            flag = field.replace("_", "-")
-            raise UserError(
-                f"--{flag} {getattr(cfg, field)} is not possible; it must be 1 or more"
-            )
+    main(read_settings(config, description=description))
 
 
 def refuse_no_run(folder: Path) -> None:

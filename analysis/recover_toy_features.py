@@ -17,22 +17,31 @@ import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.program import (
     Row,
     print_table,
-    refuse_below_one,
     results_path,
     run_program,
     write_results,
 )
 from sparse_coding.errors import UserError
+from sparse_coding.settings import (
+    Count,
+    CountOrZero,
+    Fraction,
+    OutputFile,
+    Positive,
+    PositiveOrZero,
+    Processes,
+    Ratio,
+    Seed,
+)
 
 if TYPE_CHECKING:
+    from sparse_coding.ladder import SAESpec
     from sparse_coding.toy import ToySetting
-    from sparse_coding.training import SAESpec
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "easy": {},
@@ -50,51 +59,51 @@ class Config:
     settings: tuple[str, ...] = tuple(SETTINGS)
     """easy; dense (L0 8 instead of 3); noisy; skewed (Zipf frequencies, correlated, magnitudes
     from 0); hierarchical (children fire only with their parent)."""
-    d_in: int = 32
+    d_in: Count = 32
     """Dimensions of the activations."""
-    n_features: int = 64
+    n_features: Count = 64
     """True features."""
-    l0: tuple[float, ...] = ()
+    l0: tuple[Positive, ...] = ()
     """Mean true features per row, instead of the settings' own."""
-    noise: tuple[float, ...] = ()
+    noise: tuple[PositiveOrZero, ...] = ()
     """Standard deviations of the noise per dimension, instead of the settings' own."""
-    zipf: tuple[float, ...] = ()
+    zipf: tuple[PositiveOrZero, ...] = ()
     """Exponents of the features' frequencies, instead of the settings' own."""
-    correlation: tuple[float, ...] = ()
+    correlation: tuple[Fraction, ...] = ()
     """Shares of firing that is decided in common, instead of the settings' own."""
-    n_children: tuple[int, ...] = ()
+    n_children: tuple[CountOrZero, ...] = ()
     """Children per parent, instead of the settings' own."""
 
     architecture: tuple[str, ...] = ()
     """Architectures of SAEs; empty: all."""
-    ratios: tuple[int, ...] = (4,)
+    ratios: tuple[Ratio, ...] = (4,)
     """Sizes of the dictionaries as multiples of d_in; the truth's is n_features / d_in."""
-    target_l0: tuple[float, ...] = ()
+    target_l0: tuple[Positive, ...] = ()
     """L0s to steer to; empty: the truth's own."""
     phase_settings: tuple[str, ...] = ()
     """Settings for which ratio x coefficient is run too: the phase diagram."""
     phase_architecture: str = "l1"
     """Its architecture."""
-    phase_ratios: tuple[int, ...] = (1, 2, 4, 8)
+    phase_ratios: tuple[Ratio, ...] = (1, 2, 4, 8)
     """Its ratios."""
-    phase_l1_coeffs: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+    phase_l1_coeffs: tuple[PositiveOrZero, ...] = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
     """Its coefficients."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[Seed, ...] = (0, 1, 2)
     """Seeds; each makes its own truth, data and start."""
 
-    n_steps: int = 1000
+    n_steps: Count = 1000
     """Training steps."""
-    batch_tokens: int = 512
+    batch_tokens: Count = 512
     """Rows per step."""
-    lr: float = 3e-3
+    lr: Positive = 3e-3
     """Learning rate."""
-    n_rows: int = 8192
+    n_rows: Count = 8192
     """Fresh rows for the scores."""
-    n_null_draws: int = 10
+    n_null_draws: Count = 10
     """Random dictionaries per seed."""
-    n_processes: int = os.cpu_count() or 1
+    n_processes: Processes = os.cpu_count() or 1
     """Processes, one core each."""
-    output: Path | None = None
+    output: OutputFile | None = None
     """Results file; by default outputs/results/recover_toy_features.json."""
     overwrite: bool = False
     """Replace the results file if it exists."""
@@ -138,8 +147,8 @@ def planted(cfg: Config) -> dict[str, "ToySetting"]:
 
 def ladder_of(name: str, setting: "ToySetting", seed: int, cfg: Config) -> list["SAESpec"]:
     """The SAEs that are trained on one setting with one seed."""
+    from sparse_coding.ladder import ladder
     from sparse_coding.sae import ARCHITECTURES
-    from sparse_coding.training import ladder
 
     architectures = cfg.architecture or tuple(ARCHITECTURES)
     specs = ladder(architectures, cfg.ratios, (), cfg.target_l0 or (setting.l0,), (seed,))
@@ -175,12 +184,12 @@ def print_rows(rows: Sequence[Row]) -> None:
 
 def main(cfg: Config) -> None:
     """Fit, score, print, write."""
-    positive = "d_in n_features n_steps batch_tokens n_rows n_null_draws n_processes"
-    refuse_below_one(cfg, *positive.split())
     path = results_path(cfg, "recover_toy_features", [])
 
     from analysis.toy_recovery import in_processes, over_seeds
+    from sparse_coding.ladder import check_architectures
 
+    check_architectures((cfg.phase_architecture,), "--phase-architecture")
     settings = planted(cfg)
     jobs = [(name, one, seed, cfg) for name, one in settings.items() for seed in cfg.seeds]
     if not jobs:

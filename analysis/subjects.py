@@ -21,8 +21,15 @@ from sparse_coding.errors import UserError
 from sparse_coding.evaluation import Evaluation, take_tokens
 from sparse_coding.formats import load_dictionary
 from sparse_coding.harvest import Rows, hook_width
-from sparse_coding.models import LanguageModel, check_hook, choose_device, load_lm
-from sparse_coding.storage import read_json
+from sparse_coding.models import (
+    LanguageModel,
+    check_hook,
+    check_target_hook,
+    choose_device,
+    load_lm,
+)
+from sparse_coding.splice import Target
+from sparse_coding.storage import read_object
 from sparse_coding.text import TokenBatch, contexts, load_text
 
 
@@ -32,6 +39,8 @@ class Origin:
 
     lm: str
     hook_name: str
+    target_hook_name: str = ""
+    """Where what is decoded belongs, of transcoders."""
     text: str = "builtin"
     text_field: str = "text"
     heldout_fraction: float = 0.05
@@ -58,12 +67,15 @@ FACTS = ("architecture", "ratio", "d_in", "d_sae", "l1_coeff", "target_l0", "see
          "n_tokens_trained")  # fmt: skip
 
 
-def load_subjects(sources: Sequence[str], cfg: MeasureConfig) -> list[Subject]:
+def load_subjects(
+    sources: Sequence[str], cfg: MeasureConfig, *, with_transcoders: bool = False
+) -> list[Subject]:
     """The dictionaries that `sources` name, in order.
 
     A source is a run folder (all its SAEs), a run's saes/NAME, a file or folder of any format in
     `sparse_coding.formats`, or a release as RELEASE/DICTIONARY. Settings in `cfg` that are not
-    empty go before what the files say.
+    empty go before what the files say. Transcoders are refused unless the caller does nothing with
+    what they decode, or knows where it belongs.
     """
     if not sources:
         raise UserError("name at least one run folder, dictionary or release")
@@ -71,6 +83,13 @@ def load_subjects(sources: Sequence[str], cfg: MeasureConfig) -> list[Subject]:
         _load(source, path, cfg) for source in sources for path in _dictionary_paths(source)
     ]
     names = [subject.name for subject in subjects]
+    for subject in subjects:
+        if subject.dictionary.is_transcoder and not with_transcoders:
+            raise UserError(
+                f"{subject.name} is a transcoder, and this measurement needs a dictionary that "
+                "reconstructs what it encodes; analysis.evaluate, interpret_units and "
+                "collect_dashboard take transcoders"
+            )
     return [
         subject._replace(name=_longer_name(subject)) if names.count(subject.name) > 1 else subject
         for subject in subjects
@@ -100,6 +119,14 @@ def _load(source: str, path: Path, cfg: MeasureConfig) -> Subject:
         if key not in settings:
             flag = key.replace("_", "-")
             raise UserError(f"{path} does not say its {flag}; give --{flag}")
+    if not dictionary.is_transcoder:
+        if cfg.target_hook_name:
+            given = f"--target-hook-name {cfg.target_hook_name}"
+            raise UserError(f"{given} is for transcoders; {path} is none")
+        settings.pop("target_hook_name", None)
+    for key, value in settings.items():
+        if type(value) is not Origin.__dataclass_fields__[key].type:
+            raise UserError(f"{path}: {key} is {value!r}, which cannot be; give it as an option")
     facts = {"architecture": getattr(dictionary, "name", "unknown")}
     facts |= {key: said[key] for key in FACTS if key in said}
     facts |= {"d_in": dictionary.d_in, "d_sae": dictionary.d_sae}
@@ -127,14 +154,13 @@ def _said_by_file(path: Path) -> dict[str, Any]:
     """SAELens's folders, ours among them, carry metadata; other formats say less or nothing."""
     if not (path / "cfg.json").is_file():
         return {}
-    config = read_json(path / "cfg.json")
-    if not isinstance(config, dict):
-        return {}
-    metadata = config.get("metadata") or {}
-    said = config | metadata
-    bos = {True: "always", False: "never"}.get(said.get("prepend_bos"))
+    config = read_object(path / "cfg.json")
+    metadata = config.get("metadata")
+    said = config | (metadata if isinstance(metadata, dict) else {})
+    bos = {"True": "always", "False": "never"}.get(str(said.get("prepend_bos")))
     return said | {
         "lm": said.get("model_name"),
+        "target_hook_name": said.get("hook_name_out"),
         "text": said.get("dataset_path"),
         "context_length": said.get("context_size"),
         "bos": bos,
@@ -146,8 +172,8 @@ def _said_by_run(run: Path | None) -> dict[str, Any]:
     """What only the run knows; model, hook and text are in each SAE's own file."""
     if run is None:
         return {}
-    config = read_json(run / "config.json")["config"]
-    return {key: config[key] for key in ("text_field", "heldout_fraction", "pack", "dtype")}
+    config = read_object(run / "config.json", "config")["config"]
+    return {key: config.get(key) for key in ("text_field", "heldout_fraction", "pack", "dtype")}
 
 
 def _said_by_release(source: str) -> dict[str, Any]:
@@ -167,6 +193,8 @@ class Material:
         self.origin = origin
         self.lm = lm or load_lm(origin.lm, device=device, dtype=origin.dtype)
         check_hook(self.lm, origin.hook_name)
+        if origin.target_hook_name:
+            check_target_hook(self.lm, [origin.hook_name], origin.target_hook_name)
         self.text = load_text(
             origin.text, text_field=origin.text_field, heldout_fraction=origin.heldout_fraction
         )
@@ -196,7 +224,9 @@ class Material:
     @cached_property
     def training_rows(self) -> Rows:
         """Rows of training documents under the harvest's own norm limit."""
-        return Rows(self.lm, partial(self.token_batches, "train"), [self.origin.hook_name])
+        target = self.origin.target_hook_name
+        hook_names = [self.origin.hook_name, *([target] if target else [])]
+        return Rows(self.lm, partial(self.token_batches, "train"), hook_names)
 
     @property
     def max_norm(self) -> float:
@@ -208,17 +238,18 @@ class Material:
         return take_tokens(self.token_batches("heldout"), n_tokens)
 
     def evaluation(
-        self, n_tokens: int, variance: Float[Tensor, " d_in"] | None = None
+        self, n_tokens: int, variance: Float[Tensor, " d_out"] | None = None
     ) -> Evaluation:
         """Held-out batches, ready to measure dictionaries on."""
-        batches = self.heldout(n_tokens)
-        return Evaluation(self.lm, self.origin.hook_name, batches, self.max_norm, variance)
+        batches, name = self.heldout(n_tokens), self.origin.target_hook_name
+        target = Target(name, self.training_rows.max_norms[name]) if name else None
+        return Evaluation(self.lm, self.origin.hook_name, batches, self.max_norm, variance, target)
 
-    def training_moments(self, n_tokens: int = 16_384) -> "Moments":
-        """Mean and variance per dimension of the first `n_tokens` or more training rows."""
+    def training_moments(self, hook_name: str, n_tokens: int = 16_384) -> "Moments":
+        """Mean and variance per dimension of a hook's first `n_tokens` or more training rows."""
         n, total, square = 0, 0.0, 0.0
         for rows in self.training_rows:
-            x = rows.acts[self.origin.hook_name].cpu().double()
+            x = rows.acts[hook_name].cpu().double()
             n, total, square = n + len(x), total + x.sum(0), square + x.square().sum(0)
             if n >= n_tokens:
                 break
@@ -229,8 +260,8 @@ class Material:
 class Moments(NamedTuple):
     """Of training rows, per dimension."""
 
-    mean: Float[Tensor, " d_in"]
-    variance: Float[Tensor, " d_in"]
+    mean: Float[Tensor, " d"]
+    variance: Float[Tensor, " d"]
 
 
 def by_origin(subjects: Iterable[Subject]) -> dict[Origin, list[Subject]]:

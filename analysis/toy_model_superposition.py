@@ -12,18 +12,17 @@ Student's t over seeds. Writes outputs/results/feature_dimensionality.json.
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from analysis.program import (
     Row,
     print_table,
-    refuse_below_one,
     results_path,
     run_program,
     write_results,
 )
 from sparse_coding.errors import UserError
+from sparse_coding.settings import Count, OutputFile, Positive, Processes, Range, Ratio, Seed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,33 +34,38 @@ REPRESENTED = 0.5  # norm of W_i: they come out near 0 or near 1
 N_ROWS = 8192  # fresh rows for every score
 
 
+InverseDensity = Annotated[float, Range(1)]
+
+
 @dataclass(frozen=True)
 class Config:
     """The toy models, and the SAEs on their hidden activations."""
 
-    n_features: int = 120
+    n_features: Count = 120
     """Features of the toy models' input, equally important."""
-    d_hidden: int = 15
+    d_hidden: Count = 15
     """Dimensions they are pressed into."""
-    inverse_densities: tuple[float, ...] = (1.4, 1.7, 2, 2.5, 3, 3.5, 4.2, 5, 6, 8, 12, 20, 32)
+    inverse_densities: tuple[InverseDensity, ...] = (
+        1.4, 1.7, 2, 2.5, 3, 3.5, 4.2, 5, 6, 8, 12, 20, 32,
+    )  # fmt: skip
     """1 / (1 - S): a feature is non-zero in one of so many inputs."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[Seed, ...] = (0, 1, 2)
     """Seeds of the toy models, and of the SAEs on them."""
-    n_steps: int = 8000
+    n_steps: Count = 8000
     """Training steps of the toy models."""
-    batch_tokens: int = 256
+    batch_tokens: Count = 256
     """Inputs per step and toy model."""
-    lr: float = 1e-2
+    lr: Positive = 1e-2
     """Learning rate of the toy models."""
     sae_architecture: tuple[str, ...] = ("l1", "p_anneal", "topk")
     """SAEs on the hidden activations; steered to the mean number of represented features."""
-    sae_ratio: int = 8
+    sae_ratio: Ratio = 8
     """Their size as a multiple of d_hidden."""
-    sae_steps: int = 1000
+    sae_steps: Count = 1000
     """Training steps of the SAEs, of 512 rows each."""
-    n_processes: int = os.cpu_count() or 1
+    n_processes: Processes = os.cpu_count() or 1
     """Processes, one core each."""
-    output: Path | None = None
+    output: OutputFile | None = None
     """Results file; by default outputs/results/feature_dimensionality.json."""
     overwrite: bool = False
     """Replace the results file if it exists."""
@@ -139,8 +143,8 @@ def recover(W: "np.ndarray", inverse_density: float, seed: int, cfg: Config) -> 
     import torch
 
     from analysis.toy_recovery import Fit, Recovery
+    from sparse_coding.ladder import ladder
     from sparse_coding.toy import ToySetting, toy_truth
-    from sparse_coding.training import ladder
 
     setting = ToySetting(
         cfg.d_hidden,
@@ -183,15 +187,16 @@ SAE_TABLE = {
 
 def main(cfg: Config) -> None:
     """Train, measure, print, write."""
-    refuse_below_one(cfg, "n_features", "d_hidden", "n_steps", "batch_tokens", "sae_ratio")
-    if not cfg.inverse_densities or min(cfg.inverse_densities) < 1:
+    if not cfg.inverse_densities:
         raise UserError("--inverse-densities are 1 / (1 - S): give some, all 1 or more")
     path = results_path(cfg, "feature_dimensionality", [])
     n_models = len(cfg.inverse_densities) * len(cfg.seeds)
-    print(f"{n_models} toy models, each with SAEs; results go to {path}")
 
     from analysis.toy_recovery import in_processes, over_seeds
+    from sparse_coding.ladder import check_architectures
 
+    check_architectures(cfg.sae_architecture, "--sae-architecture")
+    print(f"{n_models} toy models, each with SAEs; results go to {path}")
     measured, jobs = [], []
     for seed in cfg.seeds:
         models = train(cfg, seed)

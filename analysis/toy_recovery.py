@@ -17,10 +17,11 @@ from tqdm import tqdm
 from analysis.program import Row
 from sparse_coding.baselines import PerTokenTopK, covariance, ica, nmf, pca
 from sparse_coding.dictionary import Dictionary
+from sparse_coding.ladder import SAESpec
 from sparse_coding.metrics import ActivationSums, ReconstructionSums, columns, t_interval
 from sparse_coding.sae import TopKSAE
 from sparse_coding.toy import ToyActivations, ToyTruth, assignment, detection, match_truth
-from sparse_coding.training import SAESpec, Trainer, TrainingConfig
+from sparse_coding.training import Trainer, TrainingConfig
 
 HELDOUT = 1_000_000  # added to a seed: a stream over the same truth that nothing trained on
 N_NMF = 4096  # rows for NMF, which is slow

@@ -33,12 +33,12 @@ import tyro
 from analysis.program import (
     Row,
     print_table,
-    refuse_below_one,
     results_path,
     run_program,
     write_results,
 )
 from sparse_coding.errors import UserError
+from sparse_coding.settings import Count, CountOrZero, Draws, OutputFile, Seed
 
 if TYPE_CHECKING:
     import torch
@@ -63,22 +63,22 @@ class Config:
     run: Annotated[Path | None, tyro.conf.Positional] = None
     """A finished run's folder, whose features are mixed and measured twice; none: only planted
     units."""
-    n_units: int = 1000
+    n_units: Count = 1000
     """Planted units of each kind."""
-    n_documents: int = 200
+    n_documents: Count = 200
     """Documents of each concept."""
-    n_draws: int = 1000
+    n_draws: Draws = 1000
     """Bootstrap draws of the documents."""
-    ratio: int = 0
+    ratio: CountOrZero = 0
     """Of the run's SAEs the first of this ratio; 0: of the largest, which has the most features of
     one concept."""
-    n_features: int = 2000
+    n_features: Count = 2000
     """Of the run's features so many are looked at."""
-    seed: int = 0
+    seed: Seed = 0
     """Of all that is drawn."""
     device: str = "auto"
     """auto (CUDA, then MPS, then CPU) or a torch device; for the run's language model."""
-    output: Path | None = None
+    output: OutputFile | None = None
     """Results file; by default results/validate_polysemanticity.json in the run, else in
     outputs/results."""
     overwrite: bool = False
@@ -97,7 +97,6 @@ TABLE = {
 
 def main(cfg: Config) -> None:
     """Plant, measure, print, write; a failure if a limit is missed."""
-    refuse_below_one(cfg, "n_units", "n_documents", "n_draws", "n_features")
     path = results_path(cfg, "validate_polysemanticity", [cfg.run])
 
     import torch

@@ -25,12 +25,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from tqdm import tqdm
 
 from sparse_coding.config import as_json, environment
 from sparse_coding.consistency import Codes, Correlation, matched_cosine, max_cosine
 from sparse_coding.errors import report_user_errors_in_one_line
+from sparse_coding.settings import Count, OutputFile, read_settings
 from sparse_coding.storage import write_json
 
 Row = dict[str, Any]
@@ -41,17 +41,17 @@ BATCH = 10_000
 class Config:
     """Sizes of the work."""
 
-    d_sae: int = 16_384
+    d_sae: Count = 16_384
     """Features of either dictionary; a multiple of l0."""
-    d_in: int = 768
+    d_in: Count = 768
     """Width of the layer."""
-    l0: int = 32
+    l0: Count = 32
     """Active features per token."""
-    n_tokens: int = 1_000_000
+    n_tokens: Count = 1_000_000
     """Tokens of the streamed correlation."""
-    n_tokens_dense: int = 20_000
+    n_tokens_dense: Count = 20_000
     """Tokens of the dense one."""
-    output: Path = Path("benchmarks/results/analysis.json")
+    output: OutputFile = Path("benchmarks/results/analysis.json")
     """Results file."""
 
 
@@ -153,7 +153,7 @@ def _row(what: str, method: str, seconds: float, **more: Any) -> Row:
 
 def main() -> None:
     report_user_errors_in_one_line()
-    cfg = tyro.cli(Config, description=__doc__)
+    cfg = read_settings(Config, description=__doc__)
     rows = correlations(cfg) + matchings(cfg)
     content = {"config": as_json(cfg), "environment": environment("cpu"), "rows": rows}
     write_json(cfg.output, content)

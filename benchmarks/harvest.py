@@ -23,10 +23,9 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-import tyro
 from tqdm import tqdm
 
 from benchmarks.peers import is_installed, peer_versions
@@ -50,9 +49,11 @@ from sparse_coding.harvest import (
     harvest_to_cache,
     take_sample,
 )
+from sparse_coding.ladder import ladder
 from sparse_coding.models import LanguageModel
+from sparse_coding.settings import Count, OutputFile, Positive, Range, Ratio, read_settings
 from sparse_coding.storage import write_json
-from sparse_coding.training import Trainer, TrainingConfig, ladder
+from sparse_coding.training import Trainer, TrainingConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,17 +66,17 @@ class Config:
     """Text, as in easy_training_base.py."""
     hook_name: str = "blocks.12.hook_resid_post"
     """The residual stream after a block."""
-    context_length: int = 128
+    context_length: Annotated[int, Range(2)] = 128
     """Tokens the language model sees at once."""
-    n_tokens: int = 65_536
+    n_tokens: Count = 65_536
     """Activations that each pipeline delivers."""
-    batch_tokens: int = 1024
+    batch_tokens: Count = 1024
     """Activations in a batch."""
-    ratios: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    ratios: tuple[Ratio, ...] = (1, 2, 4, 8, 16, 32)
     """The ladder behind our pipeline, for the stages."""
-    target_l0: float = 40.0
+    target_l0: Positive = 40.0
     """Active features per token to which it is steered."""
-    out: Path = Path("benchmarks/results/harvest.json")
+    out: OutputFile = Path("benchmarks/results/harvest.json")
     """Results file, replaced at the end."""
 
 
@@ -222,7 +223,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     report_user_errors_in_one_line()
-    cfg = tyro.cli(Config, description=__doc__)
+    cfg = read_settings(Config, description=__doc__)
     if not 0 < cfg.batch_tokens <= cfg.n_tokens // 20:
         raise UserError(
             f"--n-tokens {cfg.n_tokens} makes fewer than 20 batches of {cfg.batch_tokens}: give "

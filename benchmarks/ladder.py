@@ -27,10 +27,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
-import tyro
 from jaxtyping import Float
 from torch import Tensor
 
@@ -59,10 +58,12 @@ from sparse_coding.harvest import (
     harvest_to_cache,
     take_sample,
 )
+from sparse_coding.ladder import ladder
 from sparse_coding.sae import SAE
+from sparse_coding.settings import Count, OutputFile, Positive, Range, Ratio, read_settings
 from sparse_coding.storage import write_json
 from sparse_coding.text import special_ids
-from sparse_coding.training import Trainer, TrainingConfig, ladder
+from sparse_coding.training import Trainer, TrainingConfig
 
 SAMPLE_TOKENS = 8192
 
@@ -77,23 +78,23 @@ class Config:
     """Text, as in easy_training_base.py."""
     hook_name: str = "blocks.12.hook_resid_post"
     """Activations to learn from: the residual stream after a block."""
-    context_length: int = 128
+    context_length: Annotated[int, Range(2)] = 128
     """Tokens the language model sees at once."""
-    ratios: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    ratios: tuple[Ratio, ...] = (1, 2, 4, 8, 16, 32)
     """Dictionary sizes, as multiples of the layer's width."""
-    n_tokens: int = 100_000
+    n_tokens: Count = 100_000
     """Activations to train on."""
-    batch_tokens: int = 1024
+    batch_tokens: Count = 1024
     """Activations per step."""
-    target_l0: float = 40.0
+    target_l0: Positive = 40.0
     """Active features per token to which ours are steered."""
-    lr: float = 1e-3
+    lr: Positive = 1e-3
     """Peak learning rate of Adam, for all."""
-    n_tokens_eval: int = 8_000
+    n_tokens_eval: Count = 8_000
     """Held-out activations for l0 and fvu."""
     methods: tuple[str, ...] = ("ours", "sae_lens", "sae_lens-bfloat16", "dictionary_learning")
     """Which methods; ours always runs."""
-    out: Path = Path("benchmarks/results/ladder.json")
+    out: OutputFile = Path("benchmarks/results/ladder.json")
     """Results file, replaced at the end."""
 
 
@@ -115,7 +116,7 @@ class Work(NamedTuple):
 
     def with_own(self, trainer: Trainer) -> "Work":
         coefficients = tuple(fact["l1_coeff"] for fact in trainer.facts().values())
-        return self._replace(scale=trainer.scale, l1_coeffs=coefficients)
+        return self._replace(scale=trainer.scales[0], l1_coeffs=coefficients)
 
 
 class Outcome(NamedTuple):
@@ -254,8 +255,8 @@ def check(cfg: Config) -> None:
         if name not in ("ours", *PEERS):
             allowed = ", ".join(("ours", *PEERS))
             raise UserError(f"--methods {name} is unknown; it must be of: {allowed}")
-    if not cfg.ratios or min(cfg.ratios) < 1:
-        raise UserError("--ratios must be whole numbers of 1 or more")
+    if not cfg.ratios:
+        raise UserError("--ratios needs at least one value")
     if cfg.n_tokens < 20 * cfg.batch_tokens:
         raise UserError(
             f"--n-tokens {cfg.n_tokens} makes fewer than 20 steps of {cfg.batch_tokens}: give "
@@ -321,7 +322,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     report_user_errors_in_one_line()
-    cfg = tyro.cli(Config, description=__doc__)
+    cfg = read_settings(Config, description=__doc__)
     check(cfg)
     names = [name for name in PEERS if name in cfg.methods and is_installed(PEERS[name][0])]
     read = reading(cfg.lm, cfg.text, cfg.hook_name, cfg.context_length)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from benchmarks.peers import without_patches
 from sparse_coding.dictionary import Dictionary
-from sparse_coding.training import SAESpec, Trainer, TrainingConfig
+from sparse_coding.ladder import SAESpec
+from sparse_coding.training import Trainer, TrainingConfig
 
 
 class Job(NamedTuple):

@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sparse_coding.ladder import SAESpec
 from sparse_coding.sae import ARCHITECTURES, SAE
-from sparse_coding.training import SAESpec, Trainer, TrainingConfig
+from sparse_coding.training import Trainer, TrainingConfig
 
 TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec")
 
@@ -130,7 +131,7 @@ class Ours(Method):
         return dict(self.lane.sae.named_parameters())
 
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
-        return self.lane.sae.encode(x * self.trainer.scale)
+        return self.lane.sae.encode(x * self.trainer.scales[0])
 
     def l0(self, x: Float[Tensor, "batch d_in"]) -> float:
         """As counted inside the steps since the last call."""

@@ -21,10 +21,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
-import tyro
 from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
@@ -40,6 +39,16 @@ from sparse_coding.errors import UserError, report_user_errors_in_one_line
 from sparse_coding.evaluation import Evaluation, evaluate, take_tokens
 from sparse_coding.harvest import Rows, harvest_to_cache
 from sparse_coding.metrics import columns, t_interval
+from sparse_coding.settings import (
+    Count,
+    OutputFile,
+    OutputFolder,
+    Positive,
+    Range,
+    Ratio,
+    Seed,
+    read_settings,
+)
 from sparse_coding.storage import write_json
 
 N_SAMPLE_TOKENS, N_CHOICE_TOKENS = 8192, 4096
@@ -57,27 +66,27 @@ class Config:
     """Language model."""
     hook_name: str = "blocks.12.hook_resid_post"
     """Where its activations are taken."""
-    ratio: int = 2
+    ratio: Ratio = 2
     """Dictionary size, as a multiple of d_in."""
-    target_l0: float = 30.0
+    target_l0: Positive = 30.0
     """Active features per token."""
-    n_steps: int = 300
+    n_steps: Annotated[int, Range(20)] = 300
     """Steps of each training."""
-    batch_tokens: int = 1024
+    batch_tokens: Count = 1024
     """Tokens per step."""
-    lrs: tuple[float, ...] = (5e-4, 1.5e-3, 4e-3)
+    lrs: tuple[Positive, ...] = (5e-4, 1.5e-3, 4e-3)
     """Learning rates of the sweep."""
-    n_searches: int = 3
+    n_searches: Count = 3
     """Runs per learning rate in which a coefficient is searched."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[Seed, ...] = (0, 1, 2)
     """Seeds of the runs that are compared."""
-    n_tokens_eval: int = 20_000
+    n_tokens_eval: Count = 20_000
     """Held-out tokens."""
-    n_tokens_ce: int = 2000
+    n_tokens_ce: Count = 2000
     """Of them, how many for the cross-entropy."""
-    cache: Path = Path("outputs/cache")
+    cache: OutputFolder = Path("outputs/cache")
     """Folder of activation caches."""
-    out: Path = Path("benchmarks/results/quality.json")
+    out: OutputFile = Path("benchmarks/results/quality.json")
     """Results file, replaced at the end."""
 
 
@@ -102,8 +111,6 @@ def check(cfg: Config) -> None:
             raise UserError(f"{flag} {unknown[0]} is unknown; it must be of: {', '.join(allowed)}")
     if len(cfg.seeds) < 2:
         raise UserError(f"--seeds: give two or more of them, not {len(cfg.seeds)}")
-    if cfg.n_steps < 20:
-        raise UserError(f"--n-steps {cfg.n_steps} is too few for a schedule; give 20 or more")
 
 
 def load(cfg: Config) -> Data:
@@ -255,7 +262,7 @@ def print_gaps(rows: Sequence[dict[str, Any]]) -> None:
 
 def main() -> None:
     report_user_errors_in_one_line()
-    cfg = tyro.cli(Config, description=__doc__)
+    cfg = read_settings(Config, description=__doc__)
     check(cfg)
     data = load(cfg)
     groups = list(compare(cfg, data))

@@ -24,7 +24,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import tyro
 from jaxtyping import Int
 from torch import Tensor
 
@@ -36,6 +35,7 @@ from sparse_coding.dictionary import Dictionary
 from sparse_coding.errors import UserError, report_user_errors_in_one_line
 from sparse_coding.evaluation import Evaluation, evaluate
 from sparse_coding.models import LanguageModel
+from sparse_coding.settings import Count, OutputFile, read_settings
 from sparse_coding.storage import write_json
 from sparse_coding.text import TokenBatch
 
@@ -47,13 +47,13 @@ class Config:
     dictionaries: tuple[str, ...] = ("pretrained/smollm2-135m-l12-small",)
     """Dictionaries of one hook, as in `python -m analysis.evaluate`. The metrics are compared on
     the first; the time is that of all."""
-    n_contexts: int = 64
+    n_contexts: Count = 64
     """Contexts of 128 tokens; both use all of them for every metric."""
-    batch_contexts: int = 16
+    batch_contexts: Count = 16
     """Contexts that the language model sees at once, in both."""
-    n_rounds: int = 3
+    n_rounds: Count = 3
     """How often each is timed."""
-    out: Path = Path("benchmarks/results/saebench.json")
+    out: OutputFile = Path("benchmarks/results/saebench.json")
     """Results file, replaced at the end."""
 
 
@@ -208,7 +208,7 @@ def seconds_of(work: Callable[[], Any]) -> tuple[float, Any]:
 
 def main() -> None:
     report_user_errors_in_one_line()
-    cfg = tyro.cli(Config, description=__doc__)
+    cfg = read_settings(Config, description=__doc__)
     if cfg.n_contexts % cfg.batch_contexts:
         raise UserError("--n-contexts must be a multiple of --batch-contexts")
     subjects = load_subjects(cfg.dictionaries, MeasureConfig(dtype="float32", bos="always"))

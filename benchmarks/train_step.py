@@ -33,10 +33,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-import tyro
 from tqdm import tqdm
 
 from benchmarks.batches import Case, batches, cached_width, sparse_sae, still_task
@@ -47,6 +46,15 @@ from benchmarks.peak_memory import measure_peak_mb
 from benchmarks.peers import MethodInfo, choose_methods, peer_versions
 from sparse_coding.config import as_json, environment
 from sparse_coding.errors import UserError, report_user_errors_in_one_line
+from sparse_coding.settings import (
+    Count,
+    OutputFile,
+    Positive,
+    PositiveOrZero,
+    Range,
+    Ratio,
+    read_settings,
+)
 from sparse_coding.storage import write_json
 
 N_HELDOUT_BATCHES = 4
@@ -59,46 +67,38 @@ class Config:
 
     architecture: Literal["l1", "topk"] = "l1"
     """Class of SAE; each library's nearest to it."""
-    ratios: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    ratios: tuple[Ratio, ...] = (1, 2, 4, 8, 16, 32)
     """Dictionary sizes, as multiples of d_in."""
-    d_in: tuple[int, ...] = ()
+    d_in: tuple[Count, ...] = ()
     """Widths of the activations; 512 if none is given, or the width of the cache."""
-    batch_tokens: tuple[int, ...] = (2048,)
+    batch_tokens: tuple[Count, ...] = (2048,)
     """Tokens per step."""
-    l0: float = 50.0
+    l0: Positive = 50.0
     """Active features per token; topk's k."""
     methods: tuple[str, ...] = ()
     """Which methods; all if none is given."""
     activations: str = ""
     """random (Gaussian), planted (sparse sums of directions), or the folder of an activation
     cache. If none is given: random, and planted with --from-initialisation."""
-    n_rounds: int = 7
+    n_rounds: Count = 7
     """Timed steps of each method; one more before them is not counted."""
     memory: bool = True
     """Measure peak memory, in a process of its own per row."""
     from_initialisation: bool = False
     """Train from each library's own initialisation instead."""
-    n_steps: int = 300
+    n_steps: Annotated[int, Range(20)] = 300
     """Steps of such a training."""
-    lr: float = 1e-3
+    lr: Positive = 1e-3
     """Its learning rate."""
-    l1_coeff: float = 3.0
+    l1_coeff: PositiveOrZero = 3.0
     """Its coefficient of the L1 penalty, beside a squared error summed over d_in."""
-    out: Path | None = None
+    out: OutputFile | None = None
     """Results file, replaced at the end. If none is given: train_step.json, or
     train_from_initialisation.json, in benchmarks/results."""
 
 
 def check(cfg: Config) -> None:
     """`UserError` for what cannot be measured."""
-    for field in ("ratios", "batch_tokens", "d_in", "n_rounds", "n_steps", "l0"):
-        values = getattr(cfg, field)
-        for value in values if isinstance(values, tuple) else (values,):
-            if value < 1:
-                flag = field.replace("_", "-")
-                raise UserError(f"--{flag} {value} is not possible; it must be 1 or more")
-    if cfg.from_initialisation and cfg.n_steps < 20:
-        raise UserError(f"--n-steps {cfg.n_steps} is too few for a schedule; give 20 or more")
     if not cfg.ratios or not cfg.batch_tokens:
         raise UserError("--ratios and --batch-tokens need at least one value each")
 
@@ -265,7 +265,7 @@ def print_table(title: str, rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     report_user_errors_in_one_line()
-    cfg = tyro.cli(Config, description=__doc__)
+    cfg = read_settings(Config, description=__doc__)
     check(cfg)
     every = cases(cfg)
     infos = choose_methods(cfg.methods, cfg.architecture)

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
@@ -26,6 +25,7 @@ from sparse_coding.config import as_json, environment
 from sparse_coding.dictionary import Dictionary
 from sparse_coding.errors import report_user_errors_in_one_line
 from sparse_coding.polysemanticity import Labelled, effective_number, lift_p
+from sparse_coding.settings import Count, Draws, OpenFraction, OutputFile, read_settings
 from sparse_coding.storage import write_json
 from sparse_coding.unit_activity import (
     ROWS_AT_ONCE,
@@ -41,19 +41,19 @@ UNITS_AT_ONCE = 128
 class Config:
     """Sizes of the work."""
 
-    n_units: int = 10_000
+    n_units: Count = 10_000
     """Half-rectified directions; even."""
-    n_tokens: int = 1_000_000
+    n_tokens: Count = 1_000_000
     """Tokens, in documents of `document_tokens`."""
-    document_tokens: int = 64
-    n_concepts: int = 16
-    d_in: int = 576
+    document_tokens: Count = 64
+    n_concepts: Count = 16
+    d_in: Count = 576
     """Width of the layer."""
-    rate: float = 0.003
+    rate: OpenFraction = 0.003
     """Share of tokens on which every unit fires."""
-    n_draws: int = 200
+    n_draws: Draws = 200
     """Bootstrap draws of the documents."""
-    output: Path = Path("benchmarks/results/units.json")
+    output: OutputFile = Path("benchmarks/results/units.json")
     """Results file."""
 
 
@@ -116,7 +116,7 @@ def row(cfg: Config, what: str, start: float) -> dict:
 
 def main() -> None:
     report_user_errors_in_one_line()
-    cfg = tyro.cli(Config, description=__doc__)
+    cfg = read_settings(Config, description=__doc__)
     rows = []
     for one in measure(cfg):
         rows.append(one)

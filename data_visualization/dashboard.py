@@ -12,12 +12,11 @@ import argparse
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_visualization.files import whole_file
+from data_visualization.files import read_json, refuse, whole_file
 
 SITE = Path(__file__).parent / "site"
 COLUMNS = (
@@ -30,12 +29,7 @@ COMMAND = "python -m analysis.collect_dashboard"
 
 def read(path: Path) -> Any:
     """A JSON file of the collected data; `ValueError` in one line if it is missing or broken."""
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; write it with {COMMAND}")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); collect it anew") from None
+    return read_json(path, f"write it with {COMMAND}")
 
 
 def as_script(name: str, content: Any) -> str:
@@ -141,15 +135,15 @@ def main() -> None:
         if existing and not arguments.overwrite:
             raise ValueError(f"{', '.join(existing)} exists; give --overwrite to replace it")
     except ValueError as error:
-        sys.exit(f"error: {error}")
-    failed = False
+        refuse(error)
+    failed = []
     for source, target in zip(found, targets, strict=True):
         try:
             print(build(source, target))
         except (ValueError, OSError) as error:  # the others are built all the same
-            print(f"error: {error}", file=sys.stderr)
-            failed = True
-    sys.exit(failed)
+            failed.append(error)
+    if failed:
+        refuse("; ".join(map(str, failed)))
 
 
 if __name__ == "__main__":

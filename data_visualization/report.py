@@ -13,14 +13,19 @@ import argparse
 import base64
 import html
 import importlib
-import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_visualization.files import whole_file
-from data_visualization.style import Row, is_number, read_lines, read_rows, save
+from data_visualization.files import read_json, refuse, whole_file
+from data_visualization.style import (
+    OF_ANOTHER_VERSION,
+    Row,
+    is_number,
+    read_lines,
+    read_rows,
+    save,
+)
 
 MAX_ROWS = 60  # of a table; all of them are in the results file
 STYLE = """
@@ -160,7 +165,7 @@ def draw(entry: Entry, path: Path, figures: Path, name: str, title: str) -> Sect
     except (ValueError, OSError) as error:
         said = " ".join(str(error).split())
         reason = said if str(path) in said else f"{path}: {said}"
-    except (LookupError, TypeError, AttributeError, ArithmeticError, StopIteration) as error:
+    except OF_ANOTHER_VERSION as error:
         reason = f"{path} is of another version ({type(error).__name__}: {error}); make it anew"
     return Section(name, title, entry, path, None, [], reason)
 
@@ -284,9 +289,9 @@ def provenance(path: Path) -> Iterator[str]:
     if path.suffix != ".json":
         return
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, "its settings are not known")
     except (ValueError, OSError) as error:
-        yield f"<p class=error>{html.escape(f'{path} is not valid JSON: {error}')}</p>"
+        yield f"<p class=error>{html.escape(str(error))}</p>"
         return
     if not isinstance(content, dict):
         yield f"<p class=error>{html.escape(str(path))} holds no settings</p>"
@@ -368,16 +373,16 @@ def main() -> None:
     folders = parser.parse_args().folder
     absent = [str(folder) for folder in folders if not folder.is_dir()]
     if absent:
-        sys.exit(f"error: {', '.join(absent)} is no folder")
+        refuse(f"{', '.join(absent)} is no folder")
     sections, missing = drawn(folders)
     if not any(section.picture for section in sections):
-        sys.exit(f"error: {folders[0]} has no results that could be drawn")
+        refuse(f"{folders[0]} has no results that could be drawn")
     target = folders[0] / "report.html"
     try:
         with whole_file(target) as temporary:
             temporary.write_text(page(folders, sections, missing), encoding="utf-8")
     except OSError as error:
-        sys.exit(f"error: {target} could not be written: {error.strerror}")
+        refuse(f"{target} could not be written: {error.strerror}")
     print(f"written: {target}")
 
 

@@ -21,6 +21,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from data_visualization.dashboard import build, sources
+from data_visualization.files import refuse
 
 HOST = "127.0.0.1"
 MAX_BODY = 100_000  # bytes
@@ -163,7 +164,7 @@ def main() -> None:
         reader = Reader(arguments.run_folder, source.name, arguments.device)
         server = make_server(site, reader.encode, arguments.port)
     except (ValueError, OSError, OverflowError) as error:
-        sys.exit(f"error: {error}")
+        refuse(error)
     print(f"http://{HOST}:{server.server_address[1]} shows {source.name}; Ctrl-C ends it")
     try:
         server.serve_forever()

@@ -4,7 +4,6 @@ Figures read JSON and draw; this module must not import torch or sparse_coding.
 """
 
 import argparse
-import json
 import math
 import sys
 import textwrap
@@ -17,7 +16,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from data_visualization.files import whole_file
+from data_visualization.files import parsed, read_json, read_text, refuse, whole_file
 
 Row = dict[str, Any]
 
@@ -56,6 +55,9 @@ LOOK = {
     "lines.markersize": 4.5,
     "pdf.fonttype": 42,  # text in a PDF stays text
 }
+
+OF_ANOTHER_VERSION = (LookupError, TypeError, AttributeError, ArithmeticError, StopIteration)
+"""What drawing raises of rows that do not hold what it reads."""
 
 
 def ratio_colour(ratio: float) -> tuple[float, float, float, float]:
@@ -96,12 +98,7 @@ def span(values: Iterable[float], form: Callable[[float], str] = "{:g}".format) 
 
 def read_rows(path: Path) -> list[Row]:
     """The rows of a results file; `ValueError` in one line if there are none."""
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; give the folder of a finished run")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    content = read_json(path, "give the folder of a finished run")
     rows = content.get("rows") if isinstance(content, dict) else None
     if not (isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)):
         raise ValueError(f'{path} has no rows; expected {{"config": ..., "rows": [{{...}}]}}')
@@ -113,17 +110,14 @@ def read_lines(path: Path) -> list[Row]:
 
     `ValueError` in one line if there are none, or another line is broken.
     """
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; give the folder of a run")
     rows = []
-    # a line that breaks off within a character must not take the others with it
-    lines = path.read_bytes().decode("utf-8", errors="replace").splitlines()
+    lines = read_text(path, "give the folder of a run").splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
+            rows.append(parsed(line, f"{path}, line {number},"))
         except ValueError:
             if number < len(lines):
-                raise ValueError(f"{path} is not valid JSON in line {number}") from None
+                raise
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path} has no rows; expected one {{...}} in each line")
     return rows
@@ -141,11 +135,15 @@ def check_rows(rows: list[Row], text: Iterable[str], numbers: Iterable[str]) -> 
             raise ValueError(f"{name} lacks {', '.join(missing)}; every row needs them")
         for key in numbers:
             if not is_number(row[key]):
-                raise ValueError(f"{name} has {key} = {row[key]!r}; it must be a finite number")
+                raise ValueError(
+                    f"{name} has {key} = {repr(row[key]):.100}; it must be a finite number"
+                )
 
 
 def is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it can be drawn: no truth value, no NaN, nothing beyond a float's largest."""
+    is_real = isinstance(value, Real) and not isinstance(value, bool)
+    return is_real and abs(value) <= sys.float_info.max
 
 
 def caption(figure: Figure, text: str) -> None:
@@ -187,11 +185,13 @@ def main(draw: Callable[[list[Row]], Figure], source: str, name: str, descriptio
         "run_folder", type=Path, help=f"a run's folder, or outputs: it holds {source}"
     )
     folder = parser.parse_args().run_folder
+    path = folder / source
     try:
-        path = folder / source
         rows = read_lines(path) if path.suffix == ".jsonl" else read_rows(path)
         paths = save(draw(rows), folder / "figures", name)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        refuse(error)
+    except OF_ANOTHER_VERSION as error:
+        refuse(f"{path} is of another version ({type(error).__name__}: {error}); make it anew")
     for path in paths:
         print(path)

@@ -60,6 +60,8 @@ def unpack(path: Path, folder: Path, limits: Limits = Limits()) -> list[Path]:  
         raise UserError(f"{path} is not a whole zip archive ({error}); remove it") from None
     except UserError as error:
         raise UserError(f"{path} is refused: {error}") from None
+    except Exception as error:  # four unpackers read a hostile file, and each raises what it likes
+        raise UserError(f"{path} cannot be unpacked ({error or type(error).__name__})") from None
 
 
 def _checked(members: list[zipfile.ZipInfo], limits: Limits) -> list[zipfile.ZipInfo]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparse_coding.errors import UserError
-from sparse_coding.storage import read_json, sha256, write_json
+from sparse_coding.storage import read_object, sha256, write_json
 
 ATTEMPTS = 5
 PAUSE_SECONDS = 1.0  # doubled after each attempt
@@ -130,8 +130,9 @@ def _begun(part: Path) -> tuple[int, str]:
     """Bytes that are here, and the version they are of; (0, "") if that is not known."""
     if not (part.is_file() and _state(part).is_file()):
         return 0, ""
-    version = read_json(_state(part))["version"]
-    return (part.stat().st_size, version) if version else (0, "")
+    version = read_object(_state(part)).get("version")
+    is_known = isinstance(version, str) and version
+    return (part.stat().st_size, version) if is_known else (0, "")
 
 
 def _is_complete(response: Any, start: int) -> bool:
@@ -168,7 +169,8 @@ def _first_byte(response: Any, start: int, version: str, part: Path) -> int:
     part.unlink(missing_ok=True)
     _state(part).unlink(missing_ok=True)
     if not is_whole:
-        raise Interrupted(f"{response.url} has another version now; repeat the command")
+        address = str(response.url).partition("?")[0]  # what follows may be a signature
+        raise Interrupted(f"{address} has another version now; repeat the command")
     return 0
 
 

@@ -35,8 +35,9 @@ from pretrained.catalogue import (
     releases,
 )
 from pretrained.download import Remote, Unreachable, download, git_sha1
-from sparse_coding.errors import UserError, report_user_errors_in_one_line
-from sparse_coding.storage import read_json, sha256, write_json
+from sparse_coding.errors import UserError, report_user_errors_in_one_line, without_secrets
+from sparse_coding.settings import CountOrZero, OutputFolder, Positive, read_settings
+from sparse_coding.storage import read_object, sha256, write_json
 
 RECORD, LOCK = "fetched.json", ".lock"
 
@@ -55,15 +56,15 @@ class FetchConfig:
     """A release of the manifest, or a Hugging Face repository owner/name."""
     dictionary: tuple[str, ...] = ()
     """Dictionaries of the release by name; everything where nothing is chosen."""
-    layer: tuple[int, ...] = ()
+    layer: tuple[CountOrZero, ...] = ()
     """Dictionaries of these layers."""
     file: tuple[str, ...] = ()
     """Files or folders by their path in the release, listed here or not."""
     list: bool = False
     """Only print what there is."""
-    cache: Path = field(default_factory=default_cache)
+    cache: OutputFolder = field(default_factory=default_cache)
     """Folder for what is fetched."""
-    max_gb: float = 20.0
+    max_gb: Positive = 20.0
     """Ask before fetching more than this: stop, and say how much it is."""
 
 
@@ -156,7 +157,14 @@ class Store:
     def record(self) -> dict[str, dict[str, Any]]:
         """By path of a dictionary or archive: {file: {"url", "size", "sha256"}}."""
         path = self.folder / RECORD
-        return read_json(path) if path.exists() else {}
+        if not path.exists():
+            return {}
+        record = read_object(path)
+        for files in record.values():
+            each = files.values() if isinstance(files, dict) else [None]
+            if not all(isinstance(facts, dict) and "size" in facts for facts in each):
+                raise UserError(f"{path} is damaged; remove it, and what is here is fetched anew")
+        return record
 
     def has(self, path: str) -> bool:
         """Whether it came whole, and all its files still have their sizes."""
@@ -170,7 +178,7 @@ class Store:
         """Note that a dictionary is whole; `files`: where each came from, None if by hand."""
         facts = {
             name: {
-                "url": url,
+                "url": url and without_secrets(url),
                 "size": (self.folder / name).stat().st_size,
                 "sha256": sha256(self.folder / name),
             }
@@ -296,7 +304,7 @@ def by_hand(error: Exception, wanted: Sequence[tuple[str, Path]]) -> str:
 def main() -> None:
     """The command line."""
     report_user_errors_in_one_line()
-    cfg = tyro.cli(FetchConfig, prog="python -m pretrained.fetch", description=__doc__)
+    cfg = read_settings(FetchConfig, prog="python -m pretrained.fetch", description=__doc__)
     if not cfg.release:
         if not cfg.list:
             raise UserError("name a release; --list shows all")

@@ -20,7 +20,8 @@ import tyro
 from pretrained.card import Facts, model_card
 from pretrained.catalogue import REPOSITORY
 from sparse_coding.errors import UserError, report_user_errors_in_one_line
-from sparse_coding.storage import read_json, write_json
+from sparse_coding.settings import OutputFolder, read_settings
+from sparse_coding.storage import read_object, write_json
 
 SAE_FILES = ("cfg.json", "sae_weights.safetensors", "sparsity.safetensors")
 
@@ -33,7 +34,7 @@ class PublishConfig:
     """An SAE's folder in a run, RUN/saes/NAME."""
     repo: str
     """user/name on the hub; made if it does not exist."""
-    dry_run: Path | None = None
+    dry_run: OutputFolder | None = None
     """Write the folder here and upload nothing."""
     private: bool = False
     """Make a new repository private."""
@@ -49,15 +50,20 @@ def collect(sae: Path, repo: str, licence: str = "") -> tuple[Facts, Path]:
         raise UserError(f"--repo {repo} must be of the form user/name")
     load_saelens(sae)  # damaged weights are not published
     run = _run_of(sae)
-    summary = read_json(run / "summary.json")
+    summary = read_object(run / "summary.json", "config", "environment")
     name = sae.resolve().relative_to(run / "saes").as_posix()
-    rows = {row["name"]: row for row in summary["rows"]}
+    found = summary.get("rows")
+    rows = {
+        str(row.get("name")): row
+        for row in (found if isinstance(found, list) else [])
+        if isinstance(row, dict)
+    }
     if name not in rows:
         raise UserError(f"{run / 'summary.json'} measured {', '.join(rows)}, not {name}")
     facts = Facts(
         repo=repo,
         name=name,
-        config=read_json(sae / "cfg.json"),
+        config=read_object(sae / "cfg.json", "metadata"),
         row=rows[name],
         run=summary["config"],
         environment=summary["environment"],
@@ -134,7 +140,7 @@ def upload(folder: Path, repo: str, private: bool, api: Any = None) -> str:
 def main() -> None:
     """The command line."""
     report_user_errors_in_one_line()
-    cfg = tyro.cli(PublishConfig, prog="python -m pretrained.publish", description=__doc__)
+    cfg = read_settings(PublishConfig, prog="python -m pretrained.publish", description=__doc__)
     facts, run = collect(cfg.sae, cfg.repo, cfg.licence)
     for value in local_paths(facts):
         print(f"note: the files name a folder of this machine: {value}")

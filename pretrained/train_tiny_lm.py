@@ -16,10 +16,9 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-import tyro
 from jaxtyping import Float, Int
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
@@ -30,6 +29,16 @@ from sparse_coding.checkpoint import StopSignal, load_run, save_run
 from sparse_coding.config import as_json, environment
 from sparse_coding.errors import UserError, report_user_errors_in_one_line
 from sparse_coding.metrics import Interval, bootstrap_weights, interval
+from sparse_coding.settings import (
+    Count,
+    CountOrZero,
+    OutputFolder,
+    Positive,
+    PositiveOrZero,
+    Range,
+    Seed,
+    read_settings,
+)
 from sparse_coding.storage import atomic_path, write_json
 from sparse_coding.text import Text, TokenBatch, contexts, load_text
 
@@ -40,35 +49,35 @@ END = "<|endoftext|>"
 class Config:
     """One tiny language model."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Of the initial weights and of the order of the contexts."""
-    output: Path = Path("outputs/tiny_lm")
+    output: OutputFolder = Path("outputs/tiny_lm")
     """Folder of the finished model."""
-    work: Path = Path("outputs/cache/tiny_lm")
+    work: OutputFolder = Path("outputs/cache/tiny_lm")
     """Where checkpoints and the log of losses are kept, in a folder per seed."""
-    n_steps: int = 3000
+    n_steps: Count = 3000
     """Optimizer steps."""
-    batch_contexts: int = 16
+    batch_contexts: Count = 16
     """Contexts in a step."""
-    context_length: int = 256
+    context_length: Annotated[int, Range(2)] = 256
     """Tokens in a context, the separator between documents included."""
-    lr: float = 3e-3
+    lr: Positive = 3e-3
     """Peak learning rate of AdamW: linear warmup, then linear to zero."""
-    warmup_steps: int = 100
+    warmup_steps: CountOrZero = 100
     """Steps over which it rises."""
-    weight_decay: float = 0.1
+    weight_decay: PositiveOrZero = 0.1
     """Of matrices; biases and norms have none."""
-    vocabulary: int = 4096
+    vocabulary: Annotated[int, Range(257)] = 4096
     """Tokens, 256 bytes and the separator among them."""
-    d_model: int = 192
+    d_model: Count = 192
     """Width of the residual stream."""
-    n_layers: int = 4
+    n_layers: Count = 4
     """Blocks."""
-    n_heads: int = 4
+    n_heads: Count = 4
     """Attention heads in a block."""
-    dtype: str = "bfloat16"
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """What products are computed in (autocast); the weights are float32 in training."""
-    checkpoint_every: int = 100
+    checkpoint_every: Count = 100
     """Steps between checkpoints."""
 
 
@@ -310,7 +319,7 @@ def card(cfg: Config, heldout: HeldOut, n_tokens: int, n_parameters: int) -> str
 
 def main() -> None:
     report_user_errors_in_one_line()
-    cfg = tyro.cli(Config, description=__doc__)
+    cfg = read_settings(Config, description=__doc__)
     if (cfg.output / "config.json").exists():
         raise UserError(f"{cfg.output} holds a model; give another --output or remove it first")
     text = load_text("builtin")

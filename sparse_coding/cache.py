@@ -29,11 +29,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from sparse_coding.cache_files import (
+    DTYPES,
+    check_files,
+    checked_shards,
+    damage,
+    faults,
+    read_manifest,
+    shard_path,
+)
 from sparse_coding.errors import UserError
 from sparse_coding.sources import ShuffledRows, ahead
-from sparse_coding.storage import atomic_path, fingerprint, read_json, sha256, write_json
-
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+from sparse_coding.storage import atomic_path, fingerprint, read_object, sha256, write_json
 
 
 def cache_bytes(n_tokens: int, hooks: dict[str, int], dtype: torch.dtype) -> int:
@@ -75,7 +82,7 @@ class CacheWriter:
         dtype: torch.dtype,
         shard_tokens: int = 2**16,
     ) -> None:
-        self.folder = Path(root) / fingerprint(settings)
+        self.folder = cache_folder(root, settings)
         self.settings, self.hooks, self.dtype = settings, hooks, dtype
         self.n_tokens = n_tokens
         self._layout = {
@@ -177,18 +184,20 @@ class CacheWriter:
         return self.folder
 
     def _complete_shards(self) -> list[dict[str, Any]]:
-        """What an earlier writer left whole, from its progress.json."""
+        """What an earlier writer left whole, from its progress.json, up to the first damage."""
         if (self.folder / "manifest.json").exists():
             raise UserError(f"{self.folder} is a complete cache: open it, or delete the folder")
         for abandoned in self.folder.glob("*/.*.tmp"):
             abandoned.unlink()
         if not (self.folder / "progress.json").exists():
             return []
-        progress = read_json(self.folder / "progress.json")
-        shards = progress.pop("shards")
+        progress = read_object(self.folder / "progress.json")
+        shards = checked_shards(self.folder / "progress.json", progress.pop("shards", None))
         _refuse_differences(self.folder, found=progress, asked=self._layout)
-        for shard in shards:
-            _check_files(self.folder, shard["files"])
+        for number, shard in enumerate(shards):
+            for path, fault in faults(self.folder, shard["files"], verify=True):
+                print(f"{path} {fault}: harvesting again from there", file=sys.stderr)
+                return shards[:number]
         return shards
 
     def _write_shard(self) -> None:
@@ -202,9 +211,9 @@ class CacheWriter:
                     f"{hook} gave activations that are not finite in rows {first} to "
                     f"{first + self._n_buffered}: run the model in bfloat16 or float32"
                 )
-            files |= self._write(_shard_path(hook, len(self._shards)), content)
+            files |= self._write(shard_path(hook, len(self._shards)), content)
         content = {"tokens": self._tokens[rows], "documents": self._documents[rows]}
-        files |= self._write(_shard_path("tokens", len(self._shards)), content)
+        files |= self._write(shard_path("tokens", len(self._shards)), content)
         self._shards.append({"rows": self._n_buffered, "files": files})
         self._n_buffered = 0
         write_json(self.folder / "progress.json", {**self._layout, "shards": self._shards})
@@ -212,7 +221,7 @@ class CacheWriter:
     def _write_statistics(self, hook: str) -> dict[str, Any]:
         total = {"sum": 0, "sum_of_squares": 0}
         for number in range(len(self._shards)):
-            with _open_shard(self.folder / _shard_path(hook, number)) as file:
+            with _open_shard(self.folder / shard_path(hook, number)) as file:
                 total = {name: value + file.get_tensor(name) for name, value in total.items()}
         mean = total["sum"] / self.n_rows_written
         mean_square_norm = total["sum_of_squares"] / self.n_rows_written
@@ -238,7 +247,7 @@ class ActivationCache:
         self, folder: str | Path, settings: dict[str, Any] | None = None, verify: bool = False
     ) -> None:
         self.folder = Path(folder)
-        manifest = read_json(self.folder / "manifest.json")
+        manifest = read_manifest(self.folder)
         if settings is not None:
             _refuse_differences(self.folder, found=manifest["settings"], asked=settings)
         self.settings: dict[str, Any] = manifest["settings"]
@@ -249,7 +258,7 @@ class ActivationCache:
         self._statistics = manifest["statistics"]
         counted = [*manifest["shards"], *self._statistics.values()]
         for part in tqdm(counted, "verifying shards", disable=not verify, leave=False):
-            _check_files(self.folder, part["files"], verify)
+            check_files(self.folder, part["files"], verify)
         self._starts = np.cumsum([0] + [shard["rows"] for shard in manifest["shards"]])
         self._mapped: dict[tuple[str, str, int], np.ndarray] = {}
 
@@ -303,18 +312,32 @@ class ActivationCache:
         """The memory-mapped rows of one shard; bfloat16, which NumPy lacks, as int16."""
         key = (folder, tensor, shard)
         if key not in self._mapped:
-            with _open_shard(self.folder / _shard_path(folder, shard)) as file:
+            with _open_shard(self.folder / shard_path(folder, shard)) as file:
                 rows = file.get_tensor(tensor)
+            self._check_shape(folder, shard, rows)
             is_bfloat16 = rows.dtype == torch.bfloat16
             self._mapped[key] = (rows.view(torch.int16) if is_bfloat16 else rows).numpy()
         return self._mapped[key]
+
+    def _check_shape(self, folder: str, shard: int, rows: Tensor) -> None:
+        dtype = self.dtype if folder in self.hooks else torch.int32
+        n_rows = int(self._starts[shard + 1] - self._starts[shard])
+        shape = (n_rows, self.hooks[folder]) if folder in self.hooks else (n_rows,)
+        if tuple(rows.shape) != shape or rows.dtype != dtype:
+            what = f"holds {tuple(rows.shape)} of {rows.dtype}, not {shape} of {dtype}"
+            raise damage(self.folder / shard_path(folder, shard), what)
+
+
+def cache_folder(root: str | Path, settings: dict[str, Any]) -> Path:
+    """Where the cache for `settings` is or will be."""
+    return Path(root) / fingerprint(settings)
 
 
 def open_cache(
     root: str | Path, settings: dict[str, Any], verify: bool = False
 ) -> ActivationCache | None:
     """The complete cache for `settings` under `root`, or None if there is none yet."""
-    folder = Path(root) / fingerprint(settings)
+    folder = cache_folder(root, settings)
     if not (folder / "manifest.json").exists():
         return None
     return ActivationCache(folder, settings, verify)
@@ -352,10 +375,6 @@ class CachedActivations(ShuffledRows):
         return rows.to(self.device, non_blocking=self._is_pinned).float()
 
 
-def _shard_path(folder: str, number: int) -> str:
-    return f"{folder}/shard_{number:05d}.safetensors"
-
-
 def _sums(rows: Float[Tensor, "rows d"]) -> dict[str, Tensor]:
     """Sum (d) and sum of squared norms () in float64, a few rows at a time."""
     total = torch.zeros(rows.shape[1], dtype=torch.float64)
@@ -391,23 +410,7 @@ def _open_shard(path: Path) -> Iterator[Any]:
         with safe_open(path, "pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise _damage(path, f"cannot be read ({error})") from None
-
-
-def _check_files(folder: Path, files: dict[str, dict[str, Any]], verify: bool = False) -> None:
-    for name, expected in files.items():
-        path = folder / name
-        if not path.is_file():
-            raise _damage(path, "is missing")
-        size = path.stat().st_size
-        if size != expected["bytes"]:
-            raise _damage(path, f"has {size} bytes, not the {expected['bytes']} written")
-        if verify and sha256(path) != expected["sha256"]:
-            raise _damage(path, "does not have the checksum it was written with")
-
-
-def _damage(path: Path, what: str) -> UserError:
-    return UserError(f"{path} {what}: delete the folder {path.parent.parent} to harvest again")
+        raise damage(path, f"cannot be read ({error})") from None
 
 
 def _refuse_differences(folder: Path, found: dict[str, Any], asked: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ No work happens here beyond reading the command line and asking which devices ex
 
 import dataclasses
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shlex
@@ -14,9 +15,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from sparse_coding.errors import UserError
+from sparse_coding.errors import UserError, without_secrets
+from sparse_coding.settings import (
+    Count,
+    CountOrZero,
+    Fraction,
+    OpenFraction,
+    OutputFolder,
+    Positive,
+    PositiveOrZero,
+    Range,
+    Ratio,
+    Seed,
+    checked,
+    flag,
+    read_settings,
+)
 
 
 @dataclass(frozen=True)
@@ -36,15 +52,18 @@ class RunConfig:
     gpt2 or EleutherAI/pythia-70m-deduped. Append @random for random weights."""
     hook_name: tuple[str, ...] = ("blocks.12.hook_resid_post",)
     """Activations to learn from, e.g. blocks.12.hook_resid_post; several share one harvest."""
+    target_hook_name: str | None = None
+    """Train transcoders: from each hook_name's activations reconstruct this later hook's, e.g.
+    blocks.12.hook_mlp_out from blocks.12.mlp.hook_in."""
     text: str = "builtin"
     """builtin, a local txt, jsonl or parquet file or folder, or a hub dataset id."""
     text_field: str = "text"
     """The field of a jsonl, parquet or hub record that holds the text."""
     skip_broken_lines: bool = False
     """Leave out jsonl lines that cannot be read instead of stopping at the first."""
-    heldout_fraction: float = 0.05
+    heldout_fraction: OpenFraction = 0.05
     """Share of the documents that is kept for evaluation and never trained on."""
-    context_length: int = 128
+    context_length: Annotated[int, Range(2)] = 128
     """Tokens the language model sees at once."""
     bos: Literal["auto", "always", "never"] = "auto"
     """Whether a context begins with the BOS token; auto follows the model's tokenizer."""
@@ -55,120 +74,120 @@ class RunConfig:
     architecture: tuple[str, ...] = ("l1",)
     """tied_l1, l1 (unit norm, resampling), norm_weighted_l1, p_anneal, gated, topk, batch_topk,
     matryoshka, jumprelu or jumprelu_target (its quadratic penalty)."""
-    ratios: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    ratios: tuple[Ratio, ...] = (1, 2, 4, 8, 16, 32)
     """Dictionary sizes as multiples of the layer's width."""
-    target_l0: tuple[float, ...] = (30.0,)
+    target_l0: tuple[Positive, ...] = (30.0,)
     """Mean active features per token to steer each SAE to (the k of topk, batch_topk,
     matryoshka and jumprelu_target).
     Ignored where l1_coeffs is given."""
-    l1_coeffs: tuple[float, ...] = ()
+    l1_coeffs: tuple[PositiveOrZero, ...] = ()
     """Fixed coefficients of the sparsity penalty (an L1 norm; jumprelu: L0) instead of target_l0;
     the squared error beside it is summed over d_in."""
-    seed: tuple[int, ...] = (0,)
+    seed: tuple[Seed, ...] = (0,)
     """Seeds of the SAEs' initial weights."""
-    data_seed: int = 0
+    data_seed: Seed = 0
     """Seed of the order of the activations, shared by all SAEs."""
 
     # how
-    n_tokens: int = 300_000
+    n_tokens: Count = 300_000
     """Activations to harvest for training."""
-    n_epochs: int = 1
+    n_epochs: Count = 1
     """Passes over them."""
-    batch_tokens: int = 1024
+    batch_tokens: Count = 1024
     """Activations per optimizer step."""
-    lr: float = 2e-3
+    lr: Positive = 2e-3
     """Peak learning rate of Adam."""
-    lr_warmup_fraction: float = 0.05
+    lr_warmup_fraction: Fraction = 0.05
     """Share of the steps over which the learning rate rises."""
-    lr_decay_fraction: float = 0.2
+    lr_decay_fraction: Fraction = 0.2
     """Share of the steps at the end over which it falls to zero."""
-    sparsity_warmup_fraction: float = 0.05
+    sparsity_warmup_fraction: Fraction = 0.05
     """Share of the steps over which a fixed l1_coeff rises from zero."""
-    initial_l0: float = 60.0
+    initial_l0: Positive = 60.0
     """Active features per token at the first step (set through the encoder's bias)."""
-    n_resamples: int = 2
+    n_resamples: CountOrZero = 2
     """How often dead features of the l1 architecture are resampled, in the first half."""
-    dead_after_tokens: int = 100_000
+    dead_after_tokens: Count = 100_000
     """During training, a feature silent for this many tokens counts as dead: it is shown as such,
     may be resampled (l1) and learns from AuxK (topk, batch_topk)."""
     step: Literal["auto", "reference"] = "auto"
     """Training step: the fastest exact one for the device, or plain autograd."""
 
     # what is measured
-    n_tokens_eval: int = 30_000
+    n_tokens_eval: Count = 30_000
     """Held-out activations for l0, fvu, density and dead features."""
-    n_tokens_ce: int = 4_000
+    n_tokens_ce: Count = 4_000
     """Held-out tokens for cross-entropy under reconstruction."""
 
     # where
     name: str = ""
     """Run folder's name; empty: made from the model, the hook and the preset."""
-    output: Path = Path("outputs")
+    output: OutputFolder = Path("outputs")
     """Folder for runs and caches."""
     cache: bool = True
     """Keep the activations on disk; --no-cache streams them from the model instead."""
     cache_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Number format of the cached activations."""
-    buffer_tokens: int = 2**18
+    buffer_tokens: Count = 2**18
     """Without a cache: activations held in memory, among which batches are shuffled."""
     device: str = "auto"
     """auto (CUDA, then MPS, then CPU) or a torch device."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Number format of the language model; auto: bfloat16 where the hardware has it."""
+    plan: bool = False
+    """Say what the run would take (memory, disk, work, time), whether it fits here, and end."""
     resume: bool = False
     """Continue a run that was interrupted from its newest checkpoint."""
     overwrite: bool = False
     """Replace an existing run folder of the same name."""
-    log_every: int = 25
+    log_every: Count = 25
     """Steps between lines of metrics.jsonl and refreshes of the table."""
-    checkpoint_every: int = 500
+    checkpoint_every: Count = 500
     """Steps between checkpoints."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Count = 2
     """How many of the newest checkpoints stay."""
     tensorboard: bool = False
     """Also log to TensorBoard under the run folder (pip install tensorboard)."""
     wandb: str = ""
     """Also log to this Weights & Biases project (pip install wandb)."""
 
+    @property
+    def harvested_hooks(self) -> tuple[str, ...]:
+        """Every hook whose activations are needed."""
+        target = self.target_hook_name
+        return self.hook_name if target is None else (*self.hook_name, target)
 
-def _flag(field: str) -> str:
-    return field.replace("_", "-")
+    def columns(self, hook_name: str) -> tuple[str, ...]:
+        """The hooks that lie side by side in the rows that `hook_name`'s SAEs learn from."""
+        target = self.target_hook_name
+        return (hook_name,) if target is None else (hook_name, target)
 
 
 def _join(values: Any) -> str:
     return " ".join(map(str, values)) if isinstance(values, tuple) else str(values)
 
 
-def _refuse_unless(condition: bool, cfg: RunConfig, field: str, allowed: str) -> None:
-    if not condition:
-        given = _join(getattr(cfg, field))
-        raise UserError(f"--{_flag(field)} {given} is not possible; it must be {allowed}")
-
-
 def validate(cfg: RunConfig) -> RunConfig:
     """The same configuration; impossible settings are refused before any work starts."""
+    checked(cfg)
     for field in ("ratios", "seed", "hook_name", "architecture"):
         values = getattr(cfg, field)
         if not values:
-            raise UserError(f"--{_flag(field)} needs at least one value")
+            raise UserError(f"{flag(field)} needs at least one value")
         if len(set(values)) < len(values):
-            raise UserError(f"--{_flag(field)} names a value twice: {_join(values)}")
-    _refuse_unless(all(ratio >= 1 for ratio in cfg.ratios), cfg, "ratios", "1 or more")
-    positive = (
-        "n_tokens n_epochs batch_tokens lr initial_l0 dead_after_tokens n_tokens_eval n_tokens_ce "
-        "buffer_tokens log_every checkpoint_every keep_checkpoints"
-    )
-    for field in positive.split():
-        _refuse_unless(getattr(cfg, field) > 0, cfg, field, "more than 0")
-    _refuse_unless(cfg.context_length >= 2, cfg, "context_length", "2 or more")
-    _refuse_unless(0 < cfg.heldout_fraction < 1, cfg, "heldout_fraction", "between 0 and 1")
-    for field in ("lr_warmup_fraction", "lr_decay_fraction", "sparsity_warmup_fraction"):
-        _refuse_unless(0 <= getattr(cfg, field) <= 1, cfg, field, "between 0 and 1")
-    _refuse_unless(all(c >= 0 for c in cfg.l1_coeffs), cfg, "l1_coeffs", "0 or more")
-    _refuse_unless(all(t > 0 for t in cfg.target_l0), cfg, "target_l0", "more than 0")
-    _refuse_unless(cfg.n_resamples >= 0, cfg, "n_resamples", "0 or more")
+            raise UserError(f"{flag(field)} names a value twice: {_join(values)}")
+    if cfg.target_hook_name in cfg.hook_name:
+        raise UserError(
+            f"--target-hook-name {cfg.target_hook_name} is also a --hook-name; a transcoder's "
+            "target must be another hook"
+        )
     if not (cfg.l1_coeffs or cfg.target_l0):
         raise UserError("give --target-l0 or --l1-coeffs: neither has a value")
+    if Path(cfg.name).name != cfg.name:
+        raise UserError(f"--name {cfg.name} is not possible; it must be the name of one folder")
+    for package in ("tensorboard", "wandb"):
+        if getattr(cfg, package) and importlib.util.find_spec(package) is None:
+            raise UserError(f"--{package} needs its package: pip install {package}")
     if cfg.resume and cfg.overwrite:
         raise UserError("--resume and --overwrite contradict each other; give one")
     return cfg
@@ -211,11 +230,10 @@ PRESETS: dict[str, RunConfig] = {
 
 def parse_config(arguments: Sequence[str]) -> RunConfig:
     """The configuration of a command line: a preset's values, overridden flag by flag."""
-    import tyro  # slow to import; only programs that read a command line need it
-
     default = PRESETS[_preset_name(arguments)]
-    cfg = tyro.cli(RunConfig, prog="easy_training_base.py", args=list(arguments), default=default)
-    return validate(cfg)
+    return validate(
+        read_settings(RunConfig, arguments, prog="easy_training_base.py", default=default)
+    )
 
 
 def _preset_name(arguments: Sequence[str]) -> str:
@@ -238,12 +256,14 @@ def read_config() -> RunConfig:
 
 
 def as_json(cfg: Any) -> dict[str, Any]:
-    """A dataclass as JSON values: tuples become lists and paths strings."""
-    return {
-        key: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple)
-        else value
-        for key, value in dataclasses.asdict(cfg).items()
-    }  # fmt: skip
+    """A dataclass as JSON values: tuples become lists, paths strings and secrets ***."""
+    return {key: _json_value(value) for key, value in dataclasses.asdict(cfg).items()}
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_json_value(part) for part in value]
+    return without_secrets(str(value)) if isinstance(value, str | Path) else value
 
 
 PACKAGES = ("torch", "transformer-lens", "transformers", "datasets", "numpy", "numba")

@@ -23,17 +23,24 @@ class Dictionary(nn.Module, ABC):
 
     d_in: int
     d_sae: int
-    W_dec: Float[Tensor, "d_sae d_in"]
+    W_dec: Float[Tensor, "d_sae d_out"]
     """Decoder directions, one feature a row; a parameter or a property."""
+    is_transcoder: bool = False
+    """Whether `decode` gives activations of another place than `encode` reads."""
+
+    @property
+    def d_out(self) -> int:
+        """Width of what `decode` gives: `d_in`, but for a transcoder that of its target."""
+        return self.W_dec.shape[1]
 
     @abstractmethod
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Feature activations f of raw activations x."""
 
     @abstractmethod
-    def decode(self, f: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
+    def decode(self, f: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_out"]:
         """Reconstruction x_hat from feature activations f."""
 
-    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """`decode(encode(x))`."""
         return self.decode(self.encode(x))

@@ -1,20 +1,46 @@
 """The one exception for what a user can mend, and its one-line form on the terminal."""
 
+import re
 import sys
 from types import TracebackType
 
+MAX_CHARACTERS = 4000
+BAD_INPUT = 2
+"""The exit status of programs whose arguments or files are wrong, as argparse has it."""
+
+
+# A password in an address, what follows a header's Bearer, and keys by the look of them.
+_SECRETS = re.compile(
+    r"(?<=://)[^\s/@]+(?=@)|(?<=Bearer )[^\s'\"]+|\bhf_[A-Za-z0-9]{20,}|\bsk-[\w-]{20,}"
+)
+
+
+def without_secrets(text: str) -> str:
+    """The text with *** for what would let its reader log in somewhere."""
+    return _SECRETS.sub("***", text)
+
 
 class UserError(ValueError):
-    """Bad input: says what was given, what is allowed and what to do, in one line."""
+    """Bad input: says what was given, what is allowed and what to do, in one line.
+
+    What it quotes may come from a stranger's file: line breaks become spaces, what a terminal
+    would act upon is spelt out, what is too long is cut, and secrets are left out.
+    """
+
+    def __init__(self, message: str) -> None:
+        line = " ".join(message[:MAX_CHARACTERS].split())
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+        super().__init__(without_secrets(line))
 
 
 def report_user_errors_in_one_line() -> None:
-    """Print an uncaught `UserError` as `error: ...` without a traceback (exit status 1)."""
+    """Print an uncaught `UserError` as `error: ...` without a traceback; exit status 2, as of
+    arguments that no parser takes."""
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if issubclass(kind, UserError):
             print(f"error: {error}", file=sys.stderr)
-        else:
-            sys.__excepthook__(kind, error, trace)
+            sys.exit(BAD_INPUT)
+        sys.__excepthook__(kind, error, trace)
 
     sys.excepthook = hook

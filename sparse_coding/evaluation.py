@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,7 +28,7 @@ from sparse_coding.metrics import (
     mean_per_row,
 )
 from sparse_coding.models import LanguageModel
-from sparse_coding.splice import Replacement, cross_entropies
+from sparse_coding.splice import Replacement, Target, cross_entropies
 from sparse_coding.text import TokenBatch
 
 N_DRAWS = 1000
@@ -83,7 +83,8 @@ class Evaluation:
     The same rows count everywhere: `valid` positions (no first position, no special token) whose
     norm is at most `max_norm`, the harvest's own rule. `variance` (d_in), per dimension and from
     training rows, adds two kinds of FVU: without the two dimensions of the largest variance, and
-    with every dimension divided by its variance.
+    with every dimension divided by its variance. With a `target` the dictionaries are transcoders
+    from the hook to it: rows count that count at both, and all numbers but L0 are the target's.
     """
 
     def __init__(
@@ -92,31 +93,58 @@ class Evaluation:
         hook_name: str,
         batches: list[TokenBatch],
         max_norm: float,
-        variance: Float[Tensor, " d_in"] | None = None,
+        variance: Float[Tensor, " d_out"] | None = None,
+        target: Target | None = None,
     ) -> None:
+        self.target = target
         self.lm, self.hook_name, self.batches, self.max_norm = lm, hook_name, batches, max_norm
         self.n_documents = 1 + max(int(batch.document.max()) for batch in batches)
         self.dimension_weights = None if variance is None else _dimension_weights(variance)
 
     def reconstruction(self, dictionaries: dict[str, Dictionary]) -> Reconstructions:
         """Sums over all batches for everything but cross-entropies."""
+        self._refuse_what_decodes_elsewhere(dictionaries)
         weights = self.dimension_weights
-        d_in = next(iter(dictionaries.values())).d_in
+        d_out = next(iter(dictionaries.values())).d_out
         sums = Reconstructions(
-            ActivationSums(d_in, self.n_documents, weights),
+            ActivationSums(d_out, self.n_documents, weights),
             {k: ReconstructionSums(d, self.n_documents, weights) for k, d in dictionaries.items()},
-            ActivationSums(d_in, 1),
+            ActivationSums(d_out, 1),
             {k: ReconstructionSums(d, 1) for k, d in dictionaries.items()},
         )
         for batch in tqdm(self.batches, desc="reconstruction", unit="batch"):
-            acts = activations(self.lm, batch.tokens, [self.hook_name])[self.hook_name]
-            keep = kept_rows(acts, batch.valid.to(acts.device), self.max_norm)
-            document = batch.document.to(acts.device)[keep]
-            _count(acts[keep].float(), document, sums.inputs, sums.kept)
-            others = acts[~keep].float()
-            _count(others, torch.zeros_like(document[:1]).expand(len(others)),
-                   sums.excluded_inputs, sums.excluded)  # fmt: skip
+            x, target, keep = self._rows(batch)
+            document = batch.document.to(x.device)[keep]
+            _count(x[keep], target[keep], document, sums.inputs, sums.kept)
+            others = torch.zeros_like(document[:1]).expand(int((~keep).sum()))
+            _count(x[~keep], target[~keep], others, sums.excluded_inputs, sums.excluded)
         return sums
+
+    def _rows(
+        self, batch: TokenBatch
+    ) -> tuple[
+        Float[Tensor, "contexts position d_in"],
+        Float[Tensor, "contexts position d_out"],
+        Bool[Tensor, "contexts position"],
+    ]:
+        """What is encoded, what should be decoded, and which rows count."""
+        names = [self.hook_name, *([self.target.hook_name] if self.target else [])]
+        acts = activations(self.lm, batch.tokens, names)
+        x, target = acts[names[0]].float(), acts[names[-1]].float()
+        keep = kept_rows(x, batch.valid.to(x.device), self.max_norm)
+        if self.target:
+            keep = keep & kept_rows(target, keep, self.target.max_norm)
+        return x, target, keep
+
+    def _refuse_what_decodes_elsewhere(self, dictionaries: dict[str, Dictionary]) -> None:
+        for name, dictionary in dictionaries.items():
+            if dictionary.is_transcoder != (self.target is not None):
+                raise UserError(
+                    f"{name} is a transcoder: what it decodes does not belong to "
+                    f"{self.hook_name}, which it encodes; name its target hook"
+                    if dictionary.is_transcoder
+                    else f"{name} is no transcoder; it cannot be measured at another hook"
+                )
 
     def strongest(
         self, dictionary: Dictionary, features: Int[Tensor, " features"], n: int, radius: int = 8
@@ -160,7 +188,7 @@ class Evaluation:
     def losses(
         self,
         dictionaries: dict[str, Dictionary],
-        mean: Float[Tensor, " d_in"],
+        mean: Float[Tensor, " d_out"],
         n_tokens: int,
         random_error: bool = False,
     ) -> Losses:
@@ -168,23 +196,22 @@ class Evaluation:
 
         "zero" and "mean" replace the hook's rows by 0 and by `mean`. With `random_error`,
         "NAME/random error" is the control: rows plus an error of a random direction whose norm is
-        that of the dictionary's own error on the row.
+        that of the dictionary's own error on the row; of transcoders there is no such control.
         """
-        mean = mean.to(self.lm.device)
-        replacements: dict[str, Replacement | None] = {
-            "clean": None,
-            "zero": torch.zeros_like,
-            "mean": lambda x: mean.to(x.dtype).expand_as(x),
-            **dictionaries,
-        }
-        if random_error:
-            controls = {_control(k): RandomError(d) for k, d in dictionaries.items()}
-            replacements |= controls
+        self._refuse_what_decodes_elsewhere(dictionaries)
+        replacements = _ablations(mean.to(self.lm.device)) | dictionaries
+        if random_error and self.target is None:
+            replacements |= {_control(k): RandomError(d) for k, d in dictionaries.items()}
         sums = Losses(torch.zeros(self.n_documents, dtype=torch.float64), {}, {})
         batches = take_tokens(self.batches, n_tokens)
         for batch in tqdm(batches, desc="cross-entropy", unit="batch"):
             found = cross_entropies(
-                self.lm, batch, self.hook_name, replacements, max_norm=self.max_norm
+                self.lm,
+                batch,
+                self.hook_name,
+                replacements,
+                max_norm=self.max_norm,
+                target=self.target,
             )
             counted = found.counted.cpu()
             document = batch.document[:, :-1][counted]
@@ -197,6 +224,14 @@ class Evaluation:
         return sums
 
 
+def _ablations(mean: Float[Tensor, " d_out"]) -> dict[str, Replacement | None]:
+    return {
+        "clean": None,
+        "zero": lambda x: torch.zeros_like(mean, dtype=x.dtype).expand(len(x), -1),
+        "mean": lambda x: mean.to(x.dtype).expand(len(x), -1),
+    }
+
+
 def _dimension_weights(variance: Float[Tensor, " d_in"]) -> Float[Tensor, "3 d_in"]:
     """All dimensions alike; without the two of the largest variance; divided by the variance."""
     ones = torch.ones_like(variance)
@@ -206,14 +241,16 @@ def _dimension_weights(variance: Float[Tensor, " d_in"]) -> Float[Tensor, "3 d_i
 
 def _count(
     x: Float[Tensor, "rows d_in"],
+    target: Float[Tensor, "rows d_out"],
     document: Int[Tensor, " rows"],
     inputs: ActivationSums,
     sums: dict[str, ReconstructionSums],
 ) -> None:
-    inputs.add(x, document)
+    inputs.add(target, document)
+    parts = [rows.split(ROWS_AT_ONCE) for rows in (x, document, target)]
     for one in sums.values():
-        for part, of in zip(x.split(ROWS_AT_ONCE), document.split(ROWS_AT_ONCE), strict=True):
-            one.add(part, of)
+        for part in zip(*parts, strict=True):
+            one.add(*part)
 
 
 def _control(name: str) -> str:
@@ -245,13 +282,13 @@ class Measured(NamedTuple):
 def evaluate(
     evaluation: Evaluation,
     dictionaries: dict[str, Dictionary],
-    mean: Float[Tensor, " d_in"],
+    mean: Float[Tensor, " d_out"],
     n_tokens_ce: int,
     random_error: bool = False,
 ) -> dict[str, Measured]:
     """Held-out numbers of dictionaries of raw activations, by name.
 
-    `mean` (d_in) is what mean-ablation writes; it comes from training tokens. `random_error` adds
+    `mean` (d_out) is what mean-ablation writes; it comes from training tokens. `random_error` adds
     the control of the same name.
     """
     sums = evaluation.reconstruction(dictionaries)

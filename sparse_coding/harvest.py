@@ -7,6 +7,7 @@ which rows count, here and in every measurement: `kept_rows`.
 import contextlib
 import itertools
 import math
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,10 +19,18 @@ from jaxtyping import Bool, Float, Float32, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from sparse_coding.cache import ActivationCache, CacheWriter, open_cache
+from sparse_coding.cache import (
+    DTYPES,
+    ActivationCache,
+    CacheWriter,
+    cache_folder,
+    open_cache,
+)
+from sparse_coding.cache_files import damaged_shards, replace_shard
 from sparse_coding.errors import UserError
 from sparse_coding.models import LanguageModel
 from sparse_coding.sources import KeyedPermutation, ShuffledRows, ahead
+from sparse_coding.storage import read_json
 from sparse_coding.text import TokenBatch
 
 MAX_NORM_RATIO = 10.0
@@ -177,29 +186,16 @@ def harvest_to_cache(
 ) -> ActivationCache:
     """The activation cache for `settings`: an existing one, or harvested now.
 
-    A harvest that was interrupted goes on behind its last complete shard. If the text ends early
-    the cache holds what there is, and a line says so.
+    A harvest that was interrupted goes on behind its last complete shard; a shard that is damaged
+    is harvested again, alone. If the text ends early the cache holds what there is, and a line
+    says so.
     """
-    cache = open_cache(root, settings)
-    if cache is not None:
-        print(f"activations: {cache.n_tokens:,} tokens are cached in {cache.folder}")
-        rows.max_norms = cache.extra["max_norms"]
-        return cache
-    lm = rows.lm
-    widths = {name: hook_width(lm, name) for name in rows.hook_names}
-    with (
-        CacheWriter(root, settings, widths, n_tokens, getattr(torch, dtype)) as writer,
-        tqdm(total=n_tokens, desc="harvest", unit="tok", unit_scale=True) as progress,
-    ):
-        n_skipped = writer.n_tokens_done
-        for acts, tokens, documents in _from(rows, n_skipped, progress):
-            n = min(len(tokens), n_tokens - writer.n_tokens_done)
-            on_cpu = {name: x[:n].cpu() for name, x in acts.items()}
-            writer.append(on_cpu, tokens[:n], documents[:n])
-            progress.update(n)
-            if writer.n_tokens_done == n_tokens:
-                break
-        n_done = writer.n_tokens_done
+    folder = cache_folder(root, settings)
+    if (folder / "manifest.json").exists():
+        return _checked_cache(rows, folder, settings)
+    widths = {name: hook_width(rows.lm, name) for name in rows.hook_names}
+    with CacheWriter(root, settings, widths, n_tokens, getattr(torch, dtype)) as writer:
+        n_done = _fill(writer, rows, writer.n_tokens_done)
         writer.finish(
             {"max_norms": rows.max_norms, "n_valid": rows.n_valid, "n_dropped": rows.n_dropped}
         )
@@ -208,12 +204,44 @@ def harvest_to_cache(
     return open_cache(root, settings)
 
 
-def _from(rows: Rows, n_skipped: int, progress: tqdm) -> Iterator[KeptRows]:
+def _fill(writer: CacheWriter, rows: Rows, n_skipped: int) -> int:
+    """Give the writer its rows, those behind the first `n_skipped`; how many it then has."""
+    with tqdm(total=writer.n_tokens, desc="harvest", unit="tok", unit_scale=True) as progress:
+        progress.update(writer.n_tokens_done)
+        for acts, tokens, documents in _behind(rows, n_skipped):
+            n = min(len(tokens), writer.n_tokens - writer.n_tokens_done)
+            on_cpu = {name: x[:n].cpu() for name, x in acts.items()}
+            writer.append(on_cpu, tokens[:n], documents[:n])
+            progress.update(n)
+            if writer.n_tokens_done == writer.n_tokens:
+                break
+    return writer.n_tokens_done
+
+
+def _checked_cache(rows: Rows, folder: Path, settings: dict[str, Any]) -> ActivationCache:
+    """The complete cache in a folder, every checksum verified and mended where it must be."""
+    manifest = read_json(folder / "manifest.json")
+    rows.max_norms = manifest["extra"]["max_norms"]
+    for damaged in damaged_shards(folder):
+        print(f"harvesting shard {damaged.number} of {folder} again")
+        with (
+            tempfile.TemporaryDirectory(prefix=".shard_", dir=folder) as place,
+            CacheWriter(
+                place, settings, manifest["hooks"], damaged.n_rows, DTYPES[manifest["dtype"]]
+            ) as writer,
+        ):
+            _fill(writer, rows, damaged.first_row)
+            replace_shard(folder, damaged, writer.finish({}))
+    cache = ActivationCache(folder, settings)
+    print(f"activations: {cache.n_tokens:,} tokens are cached in {cache.folder}")
+    return cache
+
+
+def _behind(rows: Rows, n_skipped: int) -> Iterator[KeptRows]:
     """The rows behind the first `n_skipped`."""
     for acts, tokens, documents in rows:
         n = min(n_skipped, len(tokens))
         n_skipped -= n
-        progress.update(n)
         if n < len(tokens):
             rest = {name: x[n:] for name, x in acts.items()}
             yield KeptRows(rest, tokens[n:], documents[n:])
@@ -241,6 +269,14 @@ class AlignedSources:
         """Go to a position; takes effect at the next `iter`."""
         for source in self.sources.values():
             source.load_state_dict(state)
+
+
+def side_by_side(
+    batch: dict[str, Float32[Tensor, "rows _"]], hook_names: Sequence[str]
+) -> Float32[Tensor, "rows columns"]:
+    """Aligned rows of several hooks joined into one; those of one hook as they are."""
+    first, *others = (batch[name] for name in hook_names)
+    return torch.cat([first, *others], dim=1) if others else first
 
 
 class Window(NamedTuple):

@@ -11,9 +11,10 @@ import http.client
 import json
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +40,7 @@ class Endpoint:
     url: str
     """Up to the version, e.g. http://localhost:8000/v1."""
     model: str
-    key: str = ""
+    key: str = field(default="", repr=False)
     timeout: float = 120.0
     """Seconds."""
     n_attempts: int = 4
@@ -47,13 +48,27 @@ class Endpoint:
     """Seconds before the second attempt, doubled before each further one."""
 
 
+class _NotElsewhere(urllib.request.HTTPRedirectHandler):
+    """The key and the questions go to the address that was given, and to no other."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
 class Judge:
     """Asks; keeps every question and answer in `log` and asks nothing twice."""
 
     def __init__(self, endpoint: Endpoint, log: Path) -> None:
-        if not endpoint.url.startswith(("http://", "https://")):
-            raise UserError(f"the judge's address {endpoint.url!r} does not begin with http")
+        parts = urllib.parse.urlsplit(endpoint.url)
+        if parts.scheme not in ("http", "https"):
+            raise UserError("--judge-url: the judge's address does not begin with http")
+        if "@" in parts.netloc or parts.query:
+            raise UserError(
+                "--judge-url: the judge's address holds a login, which results would show; give "
+                "the key in OPENAI_API_KEY"
+            )
         self.endpoint, self.log = endpoint, log
+        self._opener = urllib.request.build_opener(_NotElsewhere)
         self.answers = _read_log(log)
         self.n_asked = self.n_known = self.n_failed = self._n_failed_in_a_row = 0
 
@@ -104,7 +119,7 @@ class Judge:
             headers["Authorization"] = f"Bearer {self.endpoint.key}"
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         try:
-            with urllib.request.urlopen(request, timeout=self.endpoint.timeout) as response:
+            with self._opener.open(request, timeout=self.endpoint.timeout) as response:
                 return _content(response.read())
         except urllib.error.HTTPError as error:
             error.close()
@@ -137,8 +152,11 @@ def _read_log(log: Path) -> dict[str, str]:
         log.write_bytes(whole)
     try:
         lines = [json.loads(line) for line in whole.splitlines()]
-        return {line["key"]: line["answer"] for line in lines}
-    except (ValueError, KeyError, TypeError) as error:
+        answers = {line["key"]: line["answer"] for line in lines}
+        if not all(isinstance(text, str) for pair in answers.items() for text in pair):
+            raise TypeError("an answer is no text")
+        return answers
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{log} holds no judge's answers ({error}); move it away") from None
 
 

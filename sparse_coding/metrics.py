@@ -67,7 +67,7 @@ class ReconstructionSums:
         dimension_weights: Float[Tensor, "weightings d_in"] | None = None,
     ) -> None:
         self.dictionary = dictionary
-        device, self.d_in = dictionary.W_dec.device, dictionary.W_dec.shape[1]
+        device, self.d_in = dictionary.W_dec.device, dictionary.d_out
         weights = torch.ones(1, self.d_in) if dimension_weights is None else dimension_weights
         self.dimension_weights = weights.to(device)
         self.norms = dictionary.W_dec.detach().norm(dim=1)
@@ -77,10 +77,19 @@ class ReconstructionSums:
         self.l0_counts = torch.zeros(dictionary.d_sae + 1, dtype=torch.int64)
 
     @torch.no_grad()
-    def add(self, x: Float[Tensor, "rows d_in"], document: Int[Tensor, " rows"]) -> None:
-        """Count rows of raw activations; `document[r]` is the document of row r."""
+    def add(
+        self,
+        x: Float[Tensor, "rows d_in"],
+        document: Int[Tensor, " rows"],
+        target: Float[Tensor, "rows d_out"] | None = None,
+    ) -> None:
+        """Count rows of raw activations; `document[r]` is the document of row r.
+
+        `target`: of a transcoder, what it should give for x; all but L0 is then of the target.
+        """
         f = self.dictionary.encode(x)
         x_hat = self.dictionary.decode(f)
+        x = x if target is None else target
         active = f != 0
         n_active = active.sum(dim=1)
         size, x_hat_square = x.norm(dim=1), x_hat.square().sum(dim=1)

@@ -8,18 +8,24 @@ import contextlib
 import difflib
 import importlib.util
 import logging
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from sparse_coding.errors import UserError
 from sparse_coding.storage import sha256, whole_folder
@@ -32,12 +38,20 @@ SHIPPED = Path(__file__).parents[1] / "pretrained"
 SHIPPED_NAMES = ("tiny-a", "tiny-b")
 STREAM_HOOKS = (
     "hook_resid_pre",
-    "hook_resid_mid",
-    "hook_resid_post",
-    "hook_mlp_out",
     "hook_attn_out",
+    "hook_resid_mid",
+    "mlp.hook_in",
+    "hook_mlp_out",
+    "hook_resid_post",
 )
+"""In the order in which a block computes them; `mlp.hook_in` is what its MLP reads, normed."""
 RANDOMISATIONS = ("random", "shuffled")
+_IN_A_BLOCK = re.compile(r"\.\d+\.")
+NO_CODE = {"trust_remote_code": False}  # said, or the libraries ask at the terminal
+MAX_BLOCKS = 1024
+MAX_GROWTH = 2  # numbers per byte of the weights: some formats keep two in one
+FREE_NUMBERS = 2**24  # of buffers that no file holds
+WEIGHTS = {".safetensors", ".bin"}
 MODEL_SUFFIXES = {".safetensors", ".bin", ".json", ".txt", ".model", ".jinja"}
 
 
@@ -115,8 +129,9 @@ def load_lm(
     number_format = choose_dtype(dtype, where)
     source = _source(base, name)
     with _quiet(), _one_line_for_what_cannot_be_loaded(name):
+        _check_size(Path(source), _config(source, revision))
         # The bridge's own tokenizer is made to put BOS first, whatever the model's files say.
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, **NO_CODE)
         altered = None
         if randomisation:
             altered = _randomised(source, randomisation, seed, number_format).to(where)
@@ -131,13 +146,75 @@ def load_lm(
     return LanguageModel(model, tokenizer, name, where, number_format, identity)
 
 
-def n_layers_of(name: str) -> int:
-    """Number of blocks of a language model, from its configuration alone."""
+class LMSize(NamedTuple):
+    """A language model's dimensions, and where it is going to run."""
+
+    name: str
+    n_layers: int
+    d_model: int
+    vocabulary: int
+    n_parameters: int
+    n_parameters_per_block: int
+    """Mean over the blocks; embeddings, head and last norm belong to none."""
+    device: torch.device
+    dtype: torch.dtype
+
+
+def size_of(name: str, *, device: str = "auto", dtype: str = "auto") -> LMSize:
+    """The size of what `load_lm` would load, from its configuration alone."""
     base, _, suffix = name.partition("@")
     revision = suffix if suffix not in ("", *RANDOMISATIONS) else None
+    where = choose_device(device)
     with _quiet(), _one_line_for_what_cannot_be_loaded(name):
-        config = AutoConfig.from_pretrained(_source(base, name), revision=revision)
-    return config.num_hidden_layers
+        return size_of_config(
+            _config(_source(base, name), revision), name, where, choose_dtype(dtype, where)
+        )
+
+
+def size_of_config(
+    config: PreTrainedConfig, name: str, device: torch.device, dtype: torch.dtype
+) -> LMSize:
+    """The size of a model that transformers describes; nothing is allocated."""
+    model = _without_weights(config)
+    dimensions = config.get_text_config()
+    n_layers = dimensions.num_hidden_layers
+    in_blocks = sum(p.numel() for key, p in model.named_parameters() if _IN_A_BLOCK.search(key))
+    return LMSize(
+        name,
+        n_layers,
+        dimensions.hidden_size,
+        dimensions.vocab_size,
+        model.num_parameters(),
+        in_blocks // n_layers,
+        device,
+        dtype,
+    )
+
+
+def _config(source: str, revision: str | None = None) -> PreTrainedConfig:
+    return AutoConfig.from_pretrained(source, revision=revision, **NO_CODE)
+
+
+def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model on torch's meta device: shapes alone. `ValueError` if its blocks are too many."""
+    n = config.get_text_config().num_hidden_layers
+    if type(n) is not int or not 0 < n <= MAX_BLOCKS:
+        raise ValueError(f"it says that it has {n!r} blocks; there may be 1 to {MAX_BLOCKS}")
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, **NO_CODE)
+
+
+def _check_size(source: Path, config: PreTrainedConfig) -> None:
+    """`ValueError` if a folder's config.json asks for far more memory than its weights fill."""
+    if not source.is_dir():
+        return
+    n_bytes = sum(path.stat().st_size for path in source.iterdir() if path.suffix in WEIGHTS)
+    model = _without_weights(config)
+    needed = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    if needed > MAX_GROWTH * n_bytes + FREE_NUMBERS:
+        raise ValueError(
+            f"it says that it has {needed:,} numbers; its weights are {n_bytes:,} bytes"
+        )
 
 
 def _source(base: str, name: str) -> str:
@@ -160,7 +237,7 @@ def _one_line_for_what_cannot_be_loaded(name: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except Exception as error:  # every parser of a hostile folder raises what it likes
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"--lm {name} cannot be loaded ({reason}); give {EMBEDDED}, "
@@ -236,14 +313,18 @@ def _randomised(source: str, how: str, seed: int, dtype: torch.dtype) -> PreTrai
     change them there.
     """
     if how == "random":
-        config = AutoConfig.from_pretrained(source)
+        config = _config(source)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # initialisers draw from the global generator
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+            model = AutoModelForCausalLM.from_config(
+                config, attn_implementation="eager", **NO_CODE
+            )
         for parameter in model.parameters():  # not buffers: rotary frequencies stay float32
             parameter.data = parameter.data.to(dtype)
         return model
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        source, dtype=dtype, attn_implementation="eager", **NO_CODE
+    )
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         order = torch.randperm(parameter.numel(), generator=generator)
@@ -257,16 +338,39 @@ def check_hook(lm: LanguageModel, hook_name: str) -> None:
     Where attention and MLP work side by side (Pythia) there is no `hook_resid_mid`.
     """
     every = lm.model.hook_dict
-    in_a_block = [name for name in STREAM_HOOKS if f"blocks.0.{name}" in every]
+    layer_of(hook_name, lm, [name for name in STREAM_HOOKS if f"blocks.0.{name}" in every])
+
+
+def layer_of(
+    hook_name: str, lm: LanguageModel | LMSize, in_a_block: Sequence[str] = STREAM_HOOKS
+) -> int:
+    """The block of a hook; a `UserError` with the nearest name if no block has it."""
     names = [f"blocks.{i}.{name}" for i in range(lm.n_layers) for name in in_a_block]
     if hook_name in names:
-        return
+        return int(hook_name.split(".")[1])
     nearest = difflib.get_close_matches(hook_name, names, n=1)
     hint = f"did you mean {nearest[0]}? " if nearest else ""
     raise UserError(
         f"--hook-name {hook_name} does not exist in {lm.name}; {hint}It must be blocks.L.NAME "
         f"with L from 0 to {lm.n_layers - 1} and NAME one of {', '.join(in_a_block)}"
     )
+
+
+def check_target_hook(lm: LanguageModel, hook_names: Sequence[str], target: str) -> None:
+    """`UserError` unless the model has the hook and computes it after all the others."""
+    check_hook(lm, target)
+
+    def place(hook_name: str) -> tuple[int, int]:
+        _, layer, kind = hook_name.split(".", 2)
+        return int(layer), STREAM_HOOKS.index(kind)
+
+    for hook_name in hook_names:
+        if place(hook_name) >= place(target):
+            raise UserError(
+                f"--target-hook-name {target} is not computed after --hook-name {hook_name}, so "
+                "that it cannot be replaced by what is decoded from there; a block's order is "
+                f"{', '.join(STREAM_HOOKS)}"
+            )
 
 
 @torch.inference_mode()

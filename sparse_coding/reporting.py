@@ -4,25 +4,22 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-import torch
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from sparse_coding.cache import cache_bytes
+from sparse_coding.config import RunConfig
 from sparse_coding.errors import UserError
 from sparse_coding.evaluation import Firing
-from sparse_coding.harvest import hook_width
-from sparse_coding.kernels import FAST_CLASSES
+from sparse_coding.ladder import SAESpec
 from sparse_coding.metrics import dead_upper_bound
 from sparse_coding.models import LanguageModel
-from sparse_coding.runs import Run, check_memory
-from sparse_coding.sae import ARCHITECTURES
+from sparse_coding.planning import Job, job_of, measure_rates
+from sparse_coding.runs import Run, check_disk, check_memory, run_folder
 from sparse_coding.storage import fingerprint, read_json, write_json
 from sparse_coding.text import Card, CardRow, Text, Tokenizer
-from sparse_coding.training import SAESpec, training_bytes
 
 COLUMNS = {
     "l0": "{:.1f}",
@@ -45,7 +42,7 @@ class Reporter:
         self.live = Live(console=self.console, refresh_per_second=4)
         self.sinks = [make(run) for wanted, make in SINKS.items() if getattr(run.cfg, wanted)]
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Reporter":
         if self.console.is_terminal:
             self.live.start()
         return self
@@ -188,28 +185,46 @@ def print_card(text: Text, lm: LanguageModel, folder: Path) -> None:
     print(Card([CardRow(**row) for row in read_json(path)]))
 
 
-def print_plan(run: Run, lm: LanguageModel, specs: list[SAESpec]) -> None:
-    """What is about to happen, before it does; `UserError` if it does not fit into memory."""
-    cfg = run.cfg
-    n_steps = cfg.n_tokens * cfg.n_epochs // cfg.batch_tokens
-    widths = {hook_name: hook_width(lm, hook_name) for hook_name in cfg.hook_name}
-    n_parameters = sum(2 * spec.ratio * d * d for d in widths.values() for spec in specs)
-    is_fast = all(ARCHITECTURES[spec.architecture] in FAST_CLASSES for spec in specs)
-    autograd = cfg.step == "reference" or lm.device.type != "cpu" or not is_fast
-    memory = sum(training_bytes(specs, d, cfg.batch_tokens, autograd) for d in widths.values())
-    cache = cache_bytes(cfg.n_tokens, widths, getattr(torch, cfg.cache_dtype)) if cfg.cache else 0
+def print_plan(cfg: RunConfig, specs: list[SAESpec]) -> None:
+    """What is about to happen, before anything is loaded; `UserError` if it does not fit here."""
+    job, target = job_of(cfg, specs), cfg.target_hook_name
+    lm, gb = job.lm, "{:,.2f} GB".format
     dtype = str(lm.dtype).removeprefix("torch.")
+    disk = job.disk_bytes if cfg.plan else job.disk_bytes - job.cache_bytes  # may be there already
     lines = {
         "model": f"{lm.name} ({lm.n_layers} layers, {dtype} on {lm.device})",
-        "hooks": ", ".join(f"{name} (d_in {d})" for name, d in widths.items()),
+        "hooks": ", ".join(f"{name} (d_in {lm.d_model})" for name in cfg.hook_name),
+        **({"target": f"{target} (d_out {lm.d_model})"} if target else {}),
         "text": f"{cfg.text}, contexts of {cfg.context_length} tokens",
-        "tokens": f"{cfg.n_tokens:,} x {cfg.n_epochs} = {n_steps:,} steps of {cfg.batch_tokens:,}",
-        "SAEs": f"{len(specs) * len(widths)}: {specs[0].name} ... {specs[-1].name}",
-        "memory": f"{memory / 1e9:.2f} GB to train {n_parameters / 1e6:.1f}M parameters",
-        "disk": f"{cache / 1e9:.2f} GB of activations" if cfg.cache else "no activation cache",
-        "output": str(run.folder),
+        "tokens": f"{cfg.n_tokens:,} x {cfg.n_epochs} = {job.n_steps:,} steps of "
+        f"{cfg.batch_tokens:,}",
+        "SAEs": f"{len(specs) * job.n_hooks}: {specs[0].name} ... {specs[-1].name}, "
+        f"{job.n_parameters / 1e6:,.1f}M parameters",
+        "memory": f"{gb(job.memory_bytes / 1e9)}: {gb(job.lm_bytes / 1e9)} the language model, "
+        f"{gb(job.training_bytes / 1e9)} training, {gb(job.buffer_bytes / 1e9)} activations, "
+        f"{gb(job.evaluation_bytes / 1e9)} evaluation",
+        "disk": f"{gb(job.disk_bytes / 1e9)}: {gb(job.cache_bytes / 1e9)} of activations, "
+        f"{gb(job.checkpoint_bytes / 1e9)} of checkpoints, {gb(job.sae_bytes / 1e9)} of SAEs",
+        "output": str(run_folder(cfg)),
     }
+    if cfg.plan:
+        lines |= _work(job)
     for key, value in lines.items():
         print(f"{key:>8}  {value}")
-    advice = "train fewer or smaller SAEs at once (--ratios, --target-l0, --seed, --hook-name)"
-    check_memory(memory, lm.device, "training", advice)
+    fewer = "train fewer or smaller SAEs at once (--ratios, --target-l0, --seed, --hook-name)"
+    check_memory(job.memory_bytes, lm.device, "the run", fewer)
+    check_disk(disk, run_folder(cfg), f"harvest fewer tokens, stream them (--no-cache) or {fewer}")
+
+
+def _work(job: Job) -> dict[str, str]:
+    """Operations, traffic and time, at the rates this device shows within a second."""
+    rates = measure_rates(job.lm.device, job.lm.dtype)
+    harvest, train = (f"{s / 60:.0f} min" if s < 7200 else f"{s / 3600:,.0f} h"
+                      for s in job.seconds(rates))  # fmt: skip
+    return {
+        "work": f"{job.harvest_operations:.2e} operations to harvest, "
+        f"{job.training_operations:.2e} to train; {job.read_bytes / 1e9:,.2f} GB read from disk",
+        "time": f"about {harvest} to harvest and {train} to train, where products run at "
+        f"{rates.operations / 1e12:.2f} T operations/s and copies at {rates.bytes / 1e9:.0f} GB/s "
+        "(benchmarks/SCALING.md says how well this foretells)",
+    }

@@ -2,6 +2,8 @@
 
 import fcntl
 import json
+import math
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,15 +14,22 @@ import torch
 
 from sparse_coding.config import RunConfig, as_json, environment
 from sparse_coding.errors import UserError
-from sparse_coding.storage import atomic_path, read_json, write_json
+from sparse_coding.storage import (
+    atomic_path,
+    disk_errors_in_one_line,
+    read_object,
+    remove_abandoned,
+    write_json,
+)
 
 # Settings that a resumed run may change: they do not influence what is learnt.
 FREE_TO_CHANGE = {
-    "preset", "resume", "overwrite", "output", "log_every", "checkpoint_every",
+    "preset", "plan", "resume", "overwrite", "output", "log_every", "checkpoint_every",
     "keep_checkpoints", "tensorboard", "wandb", "n_tokens_eval", "n_tokens_ce",
 }  # fmt: skip
 
 
+CONFIG = "config.json"
 LOCK = ".lock"
 
 
@@ -34,35 +43,40 @@ class Run:
     def __init__(self, cfg: RunConfig, settings: dict[str, Any], device: str) -> None:
         self.cfg, self.settings = cfg, settings
         self.environment = environment(device)
-        self.folder = cfg.output / "runs" / (cfg.name or default_name(cfg))
-        is_run = (self.folder / "config.json").is_file()
+        self.folder = run_folder(cfg)
+        is_run = (self.folder / CONFIG).is_file()
+        is_used = self.folder.exists() and any(
+            not path.name.startswith(".") for path in self.folder.iterdir()
+        )  # a run that was killed before it wrote its configuration leaves a lock
         if cfg.resume and not is_run:
             raise UserError(f"--resume: {self.folder} holds no run; there is nothing to continue")
         if cfg.resume:
             self._refuse_other_settings()
-        elif self.folder.exists() and not cfg.overwrite:
+        elif is_used and not cfg.overwrite:
             raise UserError(
                 f"{self.folder} exists; give --name for another folder, --resume to continue it "
                 "or --overwrite to replace it"
             )
-        elif self.folder.exists() and not is_run and any(self.folder.iterdir()):
+        elif is_used and not is_run:
             raise UserError(f"{self.folder} holds no run (no config.json), so it is not replaced")
 
     def start(self) -> None:
         """Lock the folder; empty it and write config.json unless the run is resumed."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock()
+        with disk_errors_in_one_line(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock()
+        remove_abandoned(self.folder)
         if self.cfg.resume:
             return
         for path in self.folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path.name != LOCK:
+            elif path.name not in (LOCK, CONFIG):  # the latter makes it a run, also half emptied
                 path.unlink()
-        self.write("config.json", {"config": self.settings, "environment": self.environment})
+        self.write(CONFIG, {"config": self.settings, "environment": self.environment})
 
     def _refuse_other_settings(self) -> None:
-        before = read_json(self.folder / "config.json")["config"]
+        before = read_object(self.folder / CONFIG, "config")["config"]
         keys = (before.keys() | self.settings.keys()) - FREE_TO_CHANGE
         different = sorted(key for key in keys if before.get(key) != self.settings.get(key))
         if different:
@@ -99,30 +113,37 @@ class Run:
         return self.write(name, content)
 
     def log(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Append lines to metrics.jsonl."""
-        with open(self.metrics, "a", encoding="utf-8") as file:
+        """Append lines to metrics.jsonl; on the disk before any checkpoint of a later moment."""
+        with (
+            disk_errors_in_one_line(self.metrics),
+            open(self.metrics, "a", encoding="utf-8") as file,
+        ):
             file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
 
     def cut_log(self, n_steps: int) -> None:
         """Remove the lines after a step, and a half-written last one: they will come again."""
         if not self.metrics.exists():
             return
-        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [
-            line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= n_steps
-        ]
+        lines = self.metrics.read_bytes().splitlines(keepends=True)
+        try:
+            kept = [
+                line
+                for line in lines
+                if line.endswith(b"\n") and json.loads(line)["step"] <= n_steps
+            ]
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise UserError(
+                f"{self.metrics} is damaged ({type(error).__name__}); move it away to go on"
+            ) from None
         with atomic_path(self.metrics) as temporary:
-            temporary.write_text("".join(kept), encoding="utf-8")
+            temporary.write_bytes(b"".join(kept))
 
 
 def check_memory(n_bytes: int, device: torch.device, purpose: str, advice: str) -> None:
     """`UserError` unless so much memory is available on the device (unknown on MPS)."""
-    if device.type == "cuda":
-        available = torch.cuda.mem_get_info(device)[0]
-    elif device.type == "cpu":
-        available = psutil.virtual_memory().available
-    else:
-        return
+    available = available_bytes(device)
     if n_bytes > available:
         raise UserError(
             f"{purpose} needs about {n_bytes / 1e9:.1f} GB of memory and {available / 1e9:.1f} "
@@ -130,11 +151,35 @@ def check_memory(n_bytes: int, device: torch.device, purpose: str, advice: str) 
         )
 
 
+def check_disk(n_bytes: int, folder: Path, advice: str) -> None:
+    """`UserError` unless so much is free where the folder is or is going to be."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if n_bytes > free:
+        raise UserError(
+            f"the run needs about {n_bytes / 1e9:.1f} GB of disk and {free / 1e9:.1f} GB are free "
+            f"at {folder}: {advice}"
+        )
+
+
+def available_bytes(device: torch.device) -> int | float:
+    """Free memory of a device; infinite where it does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available if device.type == "cpu" else math.inf
+
+
+def run_folder(cfg: RunConfig) -> Path:
+    """`outputs/runs/NAME`."""
+    return cfg.output / "runs" / (cfg.name or default_name(cfg))
+
+
 def default_name(cfg: RunConfig) -> str:
     """Model, hooks, preset and seeds: what one changes most often gets a folder of its own."""
     lm = cfg.lm.rstrip("/").rsplit("/", 1)[-1].replace("@", "-")
     seeds = "".join(f"_s{seed}" for seed in cfg.seed)
-    return f"{lm}_{'+'.join(cfg.hook_name)}_{cfg.preset}{seeds}"
+    target = f"-to-{cfg.target_hook_name}" if cfg.target_hook_name else ""
+    return f"{lm}_{'+'.join(cfg.hook_name)}{target}_{cfg.preset}{seeds}"
 
 
 def run_settings(cfg: RunConfig, **resolved: Any) -> dict[str, Any]:
@@ -144,5 +189,6 @@ def run_settings(cfg: RunConfig, **resolved: Any) -> dict[str, Any]:
 
 def cache_settings(cfg: RunConfig, lm: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
     """Exactly what determines the bytes of an activation cache."""
-    fields = ("context_length", "bos", "pack", "hook_name", "n_tokens", "cache_dtype")
-    return {"lm": lm, "text": text} | {field: as_json(cfg)[field] for field in fields}
+    fields = ("context_length", "bos", "pack", "n_tokens", "cache_dtype")
+    settings = {field: as_json(cfg)[field] for field in fields}
+    return {"lm": lm, "text": text, "hook_name": list(cfg.harvested_hooks)} | settings

@@ -115,6 +115,10 @@ class ShuffledRows(ActivationSource):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go to a position; `UserError` if it belongs to other rows or another batch size."""
+        if {type(state.get(name)) for name in self.state_dict()} != {int}:
+            raise UserError(f"no source can resume from {state}: its four parts are integers")
+        if not 0 <= state["n_delivered"] < 2**40:
+            raise UserError(f"no source can resume after {state['n_delivered']} batches")
         for name in ("n_rows", "batch_tokens"):
             if state[name] != getattr(self, name):
                 raise UserError(

@@ -23,6 +23,14 @@ Hook = tuple[str, Callable[..., Tensor]]  # its name in the model, and what is d
 ROWS_OF_LOGITS = 64
 
 
+class Target(NamedTuple):
+    """Where what a transcoder decodes belongs, after the hook whose rows it encodes."""
+
+    hook_name: str
+    max_norm: float
+    """Rows of a larger norm at this hook do not count either (`harvest.kept_rows`)."""
+
+
 class SplicedLosses(NamedTuple):
     """What the model loses by replacements, by name; 0 at targets that are not counted."""
 
@@ -42,13 +50,15 @@ def cross_entropies(
     replacements: Mapping[str, Replacement | None],
     *,
     max_norm: float = float("inf"),
+    target: Target | None = None,
 ) -> SplicedLosses:
     """Cross-entropy of the next token, and divergence from the clean model, under replacements.
 
     `replacements` maps a name to a function of the kept rows (n, d) in float32, or to None for the
     clean model, which is first where divergences are wanted. Target t + 1 is predicted from
     position t; it is counted where t is a valid position and t + 1 no special token. One forward
-    pass each, of which only the first runs the blocks before the hook's.
+    pass each, of which only the first runs the blocks before the hook's. With a `target` they are
+    functions of the hook's rows that go into the target's, in the same pass.
     """
     tokens, valid = batch.tokens.to(lm.device), batch.valid.to(lm.device)
     counted = valid[:, :-1] & valid[:, 1:]
@@ -56,7 +66,7 @@ def cross_entropies(
     earlier = _EarlierBlocks(lm, layer=int(hook_name.split(".")[1]))
     result, clean = SplicedLosses({}, {}, counted), None
     for name, replace in replacements.items():
-        hooks = [] if replace is None else _hooks(hook_name, replace, valid, max_norm)
+        hooks = [] if replace is None else _hooks(hook_name, replace, valid, max_norm, target)
         with earlier.run_once() as start:
             logits = lm.model.run_with_hooks(
                 tokens, return_type="logits", fwd_hooks=[start, *hooks], use_cache=False
@@ -110,15 +120,27 @@ def _hooks(
     replace: Replacement,
     valid: Bool[Tensor, "contexts position"],
     max_norm: float,
+    target: Target | None,
 ) -> list[Hook]:
     """What to hang into the model: names of hooks and functions."""
+    encoded: list[Tensor] = []
 
     def replaced(x: Tensor, hook: Any) -> Tensor:
-        keep = kept_rows(x, valid, max_norm)
+        read = x if target is None else encoded.pop()
+        keep = kept_rows(read, valid, max_norm)
+        if target is not None:
+            keep = keep & kept_rows(x, valid, target.max_norm)
         x = x.clone()
-        x[keep] = replace(x[keep].float()).to(x.dtype)
+        x[keep] = replace(read[keep].float()).to(x.dtype)
         return x
 
+    if target is None:
+        return _put(hook_name, replaced)
+    return [(hook_name, lambda x, hook: encoded.append(x)), *_put(target.hook_name, replaced)]
+
+
+def _put(hook_name: str, replaced: Callable[..., Tensor]) -> list[Hook]:
+    """Hooks by which the model goes on with `replaced` activations."""
     block, _, kind = hook_name.rpartition(".")
     if kind != "hook_resid_mid":
         return [(hook_name, replaced)]

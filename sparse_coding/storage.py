@@ -1,5 +1,6 @@
 """Files that are either whole or absent: atomic writes, JSON, checksums. No pickle is written."""
 
+import errno
 import hashlib
 import json
 import os
@@ -9,7 +10,29 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from sparse_coding.errors import UserError
+
+_DISK_ERRORS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
+}  # fmt: skip
+
+
+@contextmanager
+def disk_errors_in_one_line(path: Path) -> Iterator[None]:
+    """A disk that is full, broken or not ours to write on, as a `UserError` that names `path`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in _DISK_ERRORS:
+            raise
+        # safetensors passes the system's error on in words alone
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(
+            f"{path} cannot be written: {reason}. What was written before is whole: make room, "
+            "then start again (a training run with --resume)"
+        ) from None
 
 
 @contextmanager
@@ -17,20 +40,30 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary path in `path`'s folder that becomes `path` when the block ends without error.
 
     The data are flushed to the disk before the rename, so after a crash `path` holds either its
-    old content or all of the new one.
+    old content or all of the new one. `UserError` if the disk is full or refuses.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # safetensors writes files that only we may read
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with disk_errors_in_one_line(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())  # safetensors' files are for us alone
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Delete what killed processes left half written anywhere below a folder that we lock."""
+    for path in [*folder.rglob(".*.tmp"), *folder.rglob(".*.old")]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)  # gone with a folder before it
 
 
 def _umask() -> int:
@@ -106,6 +139,17 @@ def read_json(path: str | Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # also of numbers and nesting too long
         raise UserError(f"{path} is not valid JSON: {error}") from None
+
+
+def read_object(path: str | Path, *parts: str) -> dict[str, Any]:
+    """The object in a JSON file; `UserError` unless each of `parts` is an object within it."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object; it is damaged or of another kind")
+    for part in parts:
+        if not isinstance(content.get(part), dict):
+            raise UserError(f"{path} has no object {part!r}; it is damaged or of another version")
+    return content
 
 
 def sha256(path: str | Path) -> str:

@@ -26,6 +26,7 @@ from sparse_coding.text_files import SUFFIXES, Document, FileReader, field_text
 Tokenizer = Any  # a transformers PreTrainedTokenizerBase; importing the name costs seconds
 
 CACHE = Path("outputs/cache/text")
+BATCH_CONTEXTS = 16
 TOKENISE_CHARS = 1_000_000  # of text in one call of the tokenizer
 HUB_NAME = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<revision>[\w.-]+))?")
 
@@ -277,7 +278,7 @@ def contexts(
     context_length: int,
     bos: str = "auto",
     pack: str = "concat",
-    batch_contexts: int = 16,
+    batch_contexts: int = BATCH_CONTEXTS,
 ) -> Iterator[TokenBatch]:
     """Batches of at most `batch_contexts` contexts of exactly `context_length` tokens (int64).
 

@@ -93,7 +93,9 @@ class FileReader:
                 row = json.loads(line)
                 text = field_text(row, self.text_field, f"{file}, line {number}")
                 text.encode()  # JSON can escape half a surrogate pair, which is no character
-            except (json.JSONDecodeError, UnicodeEncodeError) as error:
+            except UserError:
+                raise
+            except (ValueError, RecursionError) as error:  # also of numbers and nesting too long
                 if not self.skip_broken_lines:
                     raise UserError(
                         f"{file}, line {number} is broken: {error}; mend it or ask for broken "
@@ -104,23 +106,22 @@ class FileReader:
             yield number, text
 
     def _parquet(self, file: Path) -> Iterator[tuple[int, str]]:
-        from pyarrow import ArrowInvalid, parquet
+        from pyarrow import ArrowException, parquet
 
+        field, number = self.text_field, 0
         try:
-            table = parquet.ParquetFile(file)
-        except ArrowInvalid as error:
-            raise UserError(f"{file} is not a parquet file: {error}") from None
-        names = table.schema_arrow.names
-        if self.text_field not in names:
-            raise UserError(_no_field(str(file), self.text_field, names))
-        number = 0
-        for batch in table.iter_batches(batch_size=256, columns=[self.text_field]):
-            for text in batch.column(0).to_pylist():
-                number += 1
-                yield (
-                    number,
-                    field_text({self.text_field: text}, self.text_field, f"{file}, {number}"),
-                )
+            names = parquet.read_schema(file).names
+            if names.count(field) != 1:
+                raise UserError(_no_field(str(file), field, names))
+            # A text that is there once and meant a thousand times stays there once.
+            with parquet.ParquetFile(file, read_dictionary=[field]) as table:
+                for batch in table.iter_batches(batch_size=256, columns=[field]):
+                    for text in batch.column(0):
+                        number += 1
+                        yield number, field_text({field: text.as_py()}, field, f"{file}, {number}")
+        except (ArrowException, OSError, UnicodeDecodeError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{file} is no whole parquet file: {reason}") from None
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:

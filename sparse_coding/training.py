@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -21,26 +21,8 @@ from sparse_coding.dead_features import DeadFeatures
 from sparse_coding.errors import UserError
 from sparse_coding.kernels import StepStatistics, make_adam, make_step, set_lr
 from sparse_coding.l0_controller import L0Controller
+from sparse_coding.ladder import SAESpec
 from sparse_coding.sae import ARCHITECTURES, SAE
-
-
-class SAESpec(NamedTuple):
-    """One SAE of the ladder. Exactly one of `l1_coeff` and `target_l0` is set.
-
-    `target_l0` is the `k` of classes that choose their sparsity (`SAE.sparsity_is_chosen`).
-    """
-
-    architecture: str
-    ratio: int
-    l1_coeff: float | None
-    target_l0: float | None
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """Sortable folder name, e.g. `l1_x08_c1.0_s0` or `l1_x08_l0-20_s0`."""
-        sparsity = f"c{self.l1_coeff}" if self.target_l0 is None else f"l0-{self.target_l0:g}"
-        return f"{self.architecture}_x{self.ratio:02d}_{sparsity}_s{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -129,7 +111,8 @@ class Lane:
         `pool` with probability proportional to their squared loss; the decoder row becomes the
         input's unit direction, the encoder the same at 0.2 of the mean norm of the living, and
         their Adam state is forgotten. Differences: the direction is that of x - b_dec, and the
-        bias makes the feature fire on its share of the pool (paper: 0, i.e. on about half).
+        bias makes the feature fire on its share of the pool (paper: 0, i.e. on about half). A
+        transcoder's decoder row gets the direction of target - b_dec, its encoder of x - mean.
         """
         silent_tokens = self.cfg.resample_interval // 2 * self.cfg.batch_tokens
         # In a short run half an interval is too few tokens to call a rare feature dead.
@@ -138,18 +121,21 @@ class Lane:
         if len(features) == 0 or len(features) == self.sae.d_sae:
             return
         sae = self.sae
-        loss = torch.cat([(x - sae(x)).square().sum(dim=1) for x in pool.split(1024)])
+        x, target = sae.split(pool)
+        parts = zip(x.split(1024), target.split(1024), strict=True)
+        loss = torch.cat([(y - sae(x)).square().sum(dim=1) for x, y in parts])
         generator = torch.Generator().manual_seed(1_000_003 * self.spec.seed + step)
         repeats = len(features) > len(pool)
         chosen = torch.multinomial(
             loss.square().cpu(), len(features), replacement=repeats, generator=generator
         )
-        directions = pool[chosen.to(pool.device)] - sae.b_dec
-        directions /= directions.norm(dim=1, keepdim=True)
+        chosen = chosen.to(pool.device)
+        centre = x.mean(dim=0) if sae.is_transcoder else sae.b_dec
+        read, written = _unit_rows(x[chosen] - centre), _unit_rows(target[chosen] - sae.b_dec)
         alive_norm = sae.W_enc.norm(dim=0)[~dead].mean()
-        sae.W_dec[features] = directions
-        sae.W_enc[:, features] = 0.2 * alive_norm * directions.T
-        sae.b_enc[features] = 0.0
+        sae.W_dec[features] = written
+        sae.W_enc[:, features] = 0.2 * alive_norm * read.T
+        sae.b_enc[features] = -centre @ sae.W_enc[:, features] if sae.is_transcoder else 0.0
         sae.initialise_sparsity(pool, self.cfg.initial_l0, features)
         self._forget_moments(features)
         self.tokens_since_fired[features] = 0
@@ -196,12 +182,18 @@ class Lane:
         return named
 
 
+def _unit_rows(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    return x / x.norm(dim=1, keepdim=True)
+
+
 class Trainer:
     """A ladder of SAEs fitted to the same batches of raw activations.
 
     `sample` (n, d_in) of raw activations fixes the units and the start: x is scaled so that the
     sample's root-mean-square norm is sqrt(d_in), and every SAE starts centred on its mean, with
-    `cfg.initial_l0` active features per row. `prefix` goes before every SAE's name.
+    `cfg.initial_l0` active features per row. `prefix` goes before every SAE's name. With a
+    `target_width` the SAEs are transcoders (`SAE.retarget`): the last so many columns of all rows
+    are the target, with a scale of its own.
     """
 
     pool_tokens = 16_384  # inputs among which resampling looks for badly reconstructed ones
@@ -212,22 +204,18 @@ class Trainer:
         cfg: TrainingConfig,
         sample: Tensor,
         prefix: str = "",
+        target_width: int = 0,
     ) -> None:
         if sample.ndim != 2 or not sample.is_floating_point():
             raise UserError(
                 f"activations of shape {tuple(sample.shape)} and {sample.dtype} cannot be learnt "
                 "from; they must be (n, d_in) floating-point numbers"
             )
-        mean_square_norm = sample.square().sum(dim=1).mean().item()
-        if not 0 < mean_square_norm < float("inf"):
-            raise UserError(
-                f"the activations' mean square norm is {mean_square_norm}; it must be positive "
-                "and finite: look at the model, its dtype and the hook"
-            )
-        d_in = sample.shape[1]
-        self.cfg = cfg
-        self.scale = (d_in / mean_square_norm) ** 0.5
-        sample = sample * self.scale
+        self.cfg, self.target_width = cfg, target_width
+        d_in = sample.shape[1] - target_width
+        self.widths = [d_in, target_width] if target_width else [d_in]
+        self._set_scales([_scale(part) for part in sample.split(self.widths, dim=1)], sample)
+        sample = sample * self.column_scales
         self.mean = sample.mean(dim=0)
         self.lanes = [self._make_lane(prefix, spec, sample) for spec in specs]
         self.n_steps_done = 0
@@ -237,28 +225,39 @@ class Trainer:
         self.first_bad = torch.full((2,), -1, dtype=torch.int64, device=sample.device)
         self.pool: list[Tensor] = []
 
-    def _make_lane(self, prefix: str, spec: SAESpec, sample: Float[Tensor, "n d_in"]) -> Lane:
+    def _set_scales(self, scales: Sequence[float], like: Tensor) -> None:
+        """Of each part of the rows: x, then the target if there is one."""
+        self.scales = list(scales)
+        parts = [like.new_full((w,), s) for w, s in zip(self.widths, scales, strict=True)]
+        self.column_scales = torch.cat(parts)
+
+    def _make_lane(self, prefix: str, spec: SAESpec, sample: Float[Tensor, "n columns"]) -> Lane:
         generator = torch.Generator().manual_seed(spec.seed)
-        d_in = sample.shape[1]
+        d_in = self.widths[0]
         cls = ARCHITECTURES[spec.architecture]
         k = {"k": round(spec.target_l0)} if cls.sparsity_is_chosen else {}
-        sae = cls(d_in, spec.ratio * d_in, generator, **k).to(sample.device)
+        sae = cls(d_in, spec.ratio * d_in, generator, **k)
+        if self.target_width:
+            sae.retarget(self.target_width, generator)
+        sae = sae.to(sample.device)
+        if self.target_width:
+            sae.initialise_decoder(sample)
         sae.initialise_centre(self.mean)
         sae.initialise_sparsity(sample, self.cfg.initial_l0)
         return Lane(prefix + spec.name, spec, sae, self.cfg)
 
-    def step(self, x: Float[Tensor, "batch d_in"]) -> None:
-        """One optimizer step of every SAE on raw activations.
+    def step(self, x: Float[Tensor, "batch columns"]) -> None:
+        """One optimizer step of every SAE on raw activations; a target's columns come last.
 
         `UserError` if they hold NaN or infinity: on a CPU before any SAE has learnt from them, on
         a GPU with the next `metrics()` or `state_dict()`, so that no checkpoint is spoilt.
         """
-        x = x * self.scale
-        square_norm = (x - self.mean).square().sum(dim=1)
-        self._note_bad_rows(square_norm)
+        x = x * self.column_scales
+        square = (x - self.mean).square()
+        self._note_bad_rows(square.sum(dim=1))
         for lane in self.lanes:
             lane.step(x, self.n_steps_done)
-        self.variance_sum += square_norm.mean()
+        self.variance_sum += self._target(square).sum(dim=1).mean()
         self.n_steps_summed += 1
         self.n_steps_done += 1
         self._resample_when_due(x)
@@ -328,16 +327,20 @@ class Trainer:
             for lane in self.lanes
         }
 
-    def raw_mean(self) -> Float[Tensor, " d_in"]:
-        """The sample's mean in the units of raw activations."""
-        return self.mean / self.scale
+    def _target(self, rows: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch d_out"]:
+        """The columns that are reconstructed."""
+        return rows[..., -self.widths[-1] :]
+
+    def raw_mean(self) -> Float[Tensor, " d_out"]:
+        """The sample's mean of what is reconstructed, in the units of raw activations."""
+        return self._target(self.mean / self.column_scales)
 
     @torch.no_grad()
     def finished_saes(self) -> dict[str, SAE]:
         """Copies of the SAEs for raw activations (`SAE.fold_scale`), by name."""
         saes = {lane.name: copy.deepcopy(lane.sae) for lane in self.lanes}
         for sae in saes.values():
-            sae.fold_scale(self.scale)
+            (sae.fold_scales if self.target_width else sae.fold_scale)(*self.scales)
         return saes
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -345,7 +348,7 @@ class Trainer:
         self._refuse_bad_rows()
         state = {
             "n_steps_done": torch.tensor(self.n_steps_done),
-            "scale": torch.tensor(self.scale, dtype=torch.float64),
+            "scale": torch.tensor(self.scales, dtype=torch.float64),
             "mean": self.mean,
             "variance_sum": self.variance_sum,
             "n_steps_summed": torch.tensor(self.n_steps_summed),
@@ -357,17 +360,18 @@ class Trainer:
         return state
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, int | Tensor]) -> None:
         """Continue from `state_dict()` of a trainer with the same SAEs and configuration."""
-        expected = self.state_dict().keys() - {"pool"}
-        if expected != state.keys() - {"pool"}:
-            different = sorted(expected ^ (state.keys() - {"pool"}))
+        own = _kinds(self.state_dict() | {"pool": self.mean[None]})
+        given = _kinds({"pool": self.mean[None]} | state)
+        different = sorted(key for key in own | given if own.get(key) != given.get(key))
+        for key in different[:1]:
             raise UserError(
-                f"the checkpoint belongs to other SAEs: {different[0]} is only on one side; "
-                "resume with the settings that the run began with"
+                f"the checkpoint belongs to other SAEs: {key} is {given.get(key)}, not "
+                f"{own.get(key)}; resume with the settings that the run began with"
             )
         self.n_steps_done = int(state["n_steps_done"])
-        self.scale = float(state["scale"])
+        self._set_scales(state["scale"].flatten().tolist(), self.mean)
         self.mean.copy_(state["mean"])
         self.variance_sum.copy_(state["variance_sum"])
         self.n_steps_summed = int(state["n_steps_summed"])
@@ -380,62 +384,43 @@ class Trainer:
         self.pool = [] if pool is None else [pool.to(self.mean.device)]
 
 
-def training_bytes(specs: Sequence[SAESpec], d_in: int, batch_tokens: int, autograd: bool) -> int:
+def _kinds(state: dict[str, Any]) -> dict[str, Any]:
+    """Number format and shape of each part; the pool may have any number of rows."""
+    parts = ((key, torch.as_tensor(value)) for key, value in state.items())
+    return {key: (part.dtype, tuple(part.shape[key == "pool" :])) for key, part in parts}
+
+
+def _scale(sample: Float[Tensor, "n d"]) -> float:
+    """What makes the sample's root-mean-square norm sqrt(d)."""
+    mean_square_norm = sample.square().sum(dim=1).mean().item()
+    if not 0 < mean_square_norm < float("inf"):
+        raise UserError(
+            f"the activations' mean square norm is {mean_square_norm}; it must be positive "
+            "and finite: look at the model, its dtype and the hook"
+        )
+    return (sample.shape[1] / mean_square_norm) ** 0.5
+
+
+def training_bytes(
+    specs: Sequence[SAESpec],
+    d_in: int,
+    batch_tokens: int,
+    step: Literal["cpu", "cuda", "autograd"],
+) -> int:
     """About what training a ladder takes at its peak: weights, Adam, gradients, one step's arrays.
 
-    An upper estimate. The fast CPU step holds one SAE's two gradients at a time and chunks of
-    fixed size beside them, autograd every SAE's gradients and some six (batch, d_sae) arrays.
+    An upper estimate. The fast steps hold one SAE's two gradients and a rounded encoder at a time,
+    and chunks of fixed size beside them (on a GPU not measured); autograd every SAE's gradients
+    and some six (batch, d_sae) arrays.
     """
     n_parameters = [2 * spec.ratio * d_in * d_in for spec in specs]
     largest = max(spec.ratio * d_in for spec in specs)
-    if autograd:
+    if step == "autograd":
         return 16 * sum(n_parameters) + 24 * batch_tokens * largest
-    return 12 * sum(n_parameters) + 6 * max(n_parameters) + 2**28
+    return 12 * sum(n_parameters) + 6 * max(n_parameters) + {"cpu": 2**28, "cuda": 2**31}[step]
 
 
 def training_config(cfg: RunConfig, n_steps: int) -> TrainingConfig:
     """The part of a run's configuration that the trainer needs."""
     names = {field.name for field in dataclasses.fields(TrainingConfig)} - {"n_steps"}
     return TrainingConfig(n_steps, **{name: getattr(cfg, name) for name in names})
-
-
-def _refuse_unless_l0_is_whole(
-    architecture: str, l1_coeffs: Sequence[float], target_l0: Sequence[float]
-) -> None:
-    if l1_coeffs:
-        raise UserError(
-            f"--architecture {architecture} has no coefficient; give --target-l0 (its k) instead "
-            "of --l1-coeffs"
-        )
-    broken = [target for target in target_l0 if target < 1 or target != round(target)]
-    if broken:
-        raise UserError(
-            f"--target-l0 {broken[0]:g} is not possible for --architecture {architecture}; its k "
-            "must be a whole number"
-        )
-
-
-def ladder(
-    architectures: Sequence[str],
-    ratios: Sequence[int],
-    l1_coeffs: Sequence[float],
-    target_l0: Sequence[float],
-    seeds: Sequence[int],
-) -> list[SAESpec]:
-    """Every combination, in the order of its arguments; `l1_coeffs` win over `target_l0`."""
-    for architecture in architectures:
-        if architecture not in ARCHITECTURES:
-            raise UserError(
-                f"--architecture {architecture} is unknown; "
-                f"it must be one of: {', '.join(ARCHITECTURES)}"
-            )
-        if ARCHITECTURES[architecture].sparsity_is_chosen:
-            _refuse_unless_l0_is_whole(architecture, l1_coeffs, target_l0)
-    sparsities = [(c, None) for c in l1_coeffs] or [(None, t) for t in target_l0]
-    return [
-        SAESpec(architecture, ratio, l1_coeff, target, seed)
-        for architecture in architectures
-        for ratio in ratios
-        for l1_coeff, target in sparsities
-        for seed in seeds
-    ]

@@ -60,7 +60,7 @@ def test_the_table_and_the_path_are_printed(evaluated):
 
 def test_results_are_not_replaced_unasked(place, evaluated):
     done = run_program(place, "analysis.evaluate", "outputs/runs/whole")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.strip().startswith("error: outputs/runs/whole/results/evaluate.json exists")
 
 
@@ -106,7 +106,7 @@ def test_bad_input_is_one_clear_line(place, finished, arguments, message):
             load_saelens(finished[1] / "saes/l1_x01_l0-6_s0"), place / "imported", metadata={}
         )
     done = run_program(place, "analysis.evaluate", *arguments, "--output", "bad.json")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
     assert message in done.stderr
     assert not (place / "bad.json").exists()
@@ -154,7 +154,7 @@ def test_training_moments_are_those_of_training_rows(place, finished, monkeypatc
     (subject,) = load_subjects([source], MeasureConfig(device="cpu"))
     material = Material(subject.origin, "cpu")
     rows = torch.cat([rows.acts[HOOK] for rows in material.training_rows]).double()
-    moments = material.training_moments(10**9)
+    moments = material.training_moments(HOOK, 10**9)
     torch.testing.assert_close(moments.mean.double(), rows.mean(0), rtol=1e-5, atol=1e-6)
     variance = rows.var(0, correction=0)
     torch.testing.assert_close(moments.variance.double(), variance, rtol=1e-4, atol=1e-6)

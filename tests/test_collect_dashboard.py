@@ -202,8 +202,8 @@ def test_a_dictionary_of_no_run_and_its_site(place, finished):
     [
         ((RUN, "--saes", "none"), "no SAE none; there are"),
         ((RUN, "--features", "9999"), "--features 9999: l1_x04_l0-6_s0 has 0 to"),
-        ((RUN, "--n-documents", "3"), "--n-documents 3: give 10 or more"),
-        ((RUN, "--n-contexts", "4"), "give 10 or more, or 0 for none"),
+        ((RUN, "--n-documents", "3"), "--n-documents 3 is not possible; it must be 10 or more"),
+        ((RUN, "--n-contexts", "4"), "it must be 10 or more, or 0"),
         ((RUN,), "exists; give --overwrite"),
         ((), "name a run's folder"),
     ],
@@ -211,7 +211,7 @@ def test_a_dictionary_of_no_run_and_its_site(place, finished):
 def test_bad_input_is_one_line(collected, place, arguments, message):
     done = collect(place, *arguments)
     last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert message in last
 
 

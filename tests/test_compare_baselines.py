@@ -374,7 +374,7 @@ def test_the_figure_refuses_rows_that_it_cannot_draw(compared):
 )
 def test_bad_input_is_one_clear_line(place, compared, arguments, message):
     done = run_program(place, "analysis.compare_baselines", *arguments, "--output", "bad.json")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
     assert message in done.stderr
     assert not (place / "bad.json").exists()
@@ -382,4 +382,4 @@ def test_bad_input_is_one_clear_line(place, compared, arguments, message):
 
 def test_results_are_not_replaced_unasked(place, compared):
     done = run_program(place, "analysis.compare_baselines", str(RUN))
-    assert done.returncode == 1 and "compare_baselines.json exists" in done.stderr
+    assert done.returncode == 2 and "compare_baselines.json exists" in done.stderr

@@ -239,7 +239,7 @@ def test_two_language_models_are_compared_from_the_command_line(place, finished,
 
 def test_what_cannot_be_compared_is_one_line(here, finished, subjects):
     done = run_program(here, "analysis.compare_dictionaries", SAE.format(0))
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.strip() == (
         "error: 1 dictionary is named; give two or more, or a run folder"
     )

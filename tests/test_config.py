@@ -26,7 +26,7 @@ def test_every_preset_is_valid_and_knows_its_name(name):
     ("arguments", "message"),
     [
         (["--preset", "huge"], "--preset huge is unknown; it must be one of: demo, offline"),
-        (["--ratios", "0"], "--ratios 0 is not possible; it must be 1 or more"),
+        (["--ratios", "0"], "--ratios 0 is not possible; it must be from 1 to 4,096"),
         (["--ratios", "2", "2"], "--ratios names a value twice"),
         (["--context-length", "1"], "--context-length 1 is not possible; it must be 2 or more"),
         (["--target-l0", "0"], "--target-l0 0.0 is not possible; it must be more than 0"),

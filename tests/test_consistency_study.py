@@ -65,7 +65,7 @@ def test_a_finished_run_is_not_trained_again_and_other_settings_are_refused(plac
     assert "easy_training_base.py --lm lm" not in again.stdout
     other = STUDY.replace("--target-l0 6", "--target-l0 7").replace("study.json", "x.json")
     refused = run_program(place, "analysis.consistency", *other.split())
-    assert refused.returncode == 1
+    assert refused.returncode == 2
     line = "was trained with target_l0 [6.0], but [7.0] is asked for; give another --runs or"
     assert line in refused.stderr.strip().splitlines()[-1]
 

@@ -14,7 +14,7 @@ from sparse_coding.kernels import make_adam, make_step
 from sparse_coding.kernels.reference import ReferenceStep
 from sparse_coding.sae import ARCHITECTURES, SAE, BatchTopKSAE, TargetJumpReLUSAE
 
-BATCH, D_IN, D_SAE = 7, 12, 20
+BATCH, D_IN, D_SAE, D_OUT = 7, 12, 20, 9
 L1_COEFF = torch.tensor(0.3)
 
 
@@ -37,7 +37,20 @@ def make_sae(architecture: str) -> SAE:
     return sae
 
 
+def make_transcoder(architecture: str) -> SAE:
+    generator = torch.Generator().manual_seed(8)
+    sae = make_sae(architecture)
+    sae.retarget(D_OUT, generator)
+    with torch.no_grad():
+        sae.b_dec += torch.randn(D_OUT, generator=generator)
+    return sae
+
+
+TRANSCODERS = [name for name, cls in ARCHITECTURES.items() if cls.can_transcode]
 DICTIONARIES = {name: lambda name=name: make_sae(name) for name in ARCHITECTURES}
+DICTIONARIES |= {
+    f"{name} transcoder": lambda name=name: make_transcoder(name) for name in TRANSCODERS
+}
 
 
 @pytest.fixture(params=list(DICTIONARIES))
@@ -73,11 +86,13 @@ def test_encode_and_decode_keep_the_leading_dimensions(dictionary, batch):
     x = torch.randn(*batch, D_IN, generator=torch.Generator().manual_seed(6))
     f = dictionary.encode(x)
     assert f.shape == (*batch, D_SAE)
-    assert dictionary.decode(f).shape == (*batch, D_IN)
+    assert dictionary.decode(f).shape == (*batch, dictionary.d_out)
 
 
 def test_w_dec_has_one_row_per_feature(dictionary):
-    assert dictionary.W_dec.shape == (dictionary.d_sae, dictionary.d_in) == (D_SAE, D_IN)
+    d_out = D_OUT if dictionary.is_transcoder else D_IN
+    assert dictionary.W_dec.shape == (dictionary.d_sae, dictionary.d_out) == (D_SAE, d_out)
+    assert dictionary.d_in == D_IN
 
 
 def test_a_features_row_is_what_it_writes(dictionary):

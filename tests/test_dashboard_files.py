@@ -72,13 +72,13 @@ def test_the_command_builds_all_or_one_and_overwrites_on_request_alone(tmp_path)
     assert done.stdout.split() == [str(tmp_path / "dashboard/two/index.html")]
     assert not (tmp_path / "dashboard/one").exists()
     again = command(tmp_path)
-    assert again.returncode == 1 and again.stderr.count("\n") == 1
+    assert again.returncode == 2 and again.stderr.count("\n") == 1
     assert "--overwrite" in again.stderr and not (tmp_path / "dashboard/one").exists()
     assert command(tmp_path, "--overwrite").returncode == 0
     sites = (tmp_path / "dashboard/two/data/sites.js").read_text()
     assert sites == 'dashboard.receive("sites",["one","two"]);\n'
     wrong = command(tmp_path, "--name", "three")
-    assert wrong.returncode == 1
+    assert wrong.returncode == 2
     assert wrong.stderr == "error: no data of three were collected; there are one, two\n"
 
 
@@ -88,7 +88,7 @@ def test_one_broken_dictionary_does_not_keep_the_others_back(tmp_path):
         if name == "one":
             broken(source, "prompts.json", "[")
     done = command(tmp_path)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stdout.split() == [str(tmp_path / "dashboard/two/index.html")]
     assert not (tmp_path / "dashboard/one").exists()
 
@@ -227,5 +227,5 @@ def test_a_text_of_ones_own_in_the_page(port):
 def test_serving_needs_collected_data_and_says_so_in_one_line(tmp_path):
     line = [sys.executable, "-m", "data_visualization.serve", str(tmp_path)]
     done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=60)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

@@ -11,7 +11,7 @@ import pytest
 import torch
 from build_notebook import ROOT
 from safetensors.torch import load_file
-from tiny_runs import command, run_in
+from tiny_runs import command, run_in, run_program
 
 from sparse_coding.formats.saelens import load_saelens
 
@@ -74,7 +74,7 @@ def test_saved_saes_are_those_that_were_measured(finished):
 
 def test_the_same_command_again_is_refused_in_one_line(finished, place):
     done = run(place, "--name", "whole", "--seed", "0", "1")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: outputs/runs/whole exists")
     assert "Traceback" not in done.stderr
 
@@ -100,10 +100,14 @@ def test_a_terminated_run_that_is_resumed_ends_bitwise_equal(finished, place):
         one, other = load_file(path), load_file(log.parent / path.relative_to(whole))
         for name, tensor in one.items():
             assert torch.equal(tensor, other[name]), (path, name)
-    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
-    of_whole = [json.loads(s)["step"] for s in (whole / "metrics.jsonl").read_text().splitlines()]
-    assert sorted(set(of_whole)) == sorted(set(steps) & set(of_whole))
-    assert steps == sorted(steps)
+    logs = [
+        [
+            {key: value for key, value in json.loads(line).items() if key != "tokens_per_second"}
+            for line in path.read_text().splitlines()
+        ]
+        for path in (whole / "metrics.jsonl", log)
+    ]
+    assert logs[0] == logs[1]
 
 
 def test_two_hooks_stream_without_a_cache_and_share_one_pass(place):
@@ -123,9 +127,38 @@ def test_two_hooks_stream_without_a_cache_and_share_one_pass(place):
     assert load_saelens(saved).name == "tied_l1"
 
 
+def test_transcoders_are_trained_measured_at_their_target_saved_and_evaluated(place):
+    done = run(
+        place, "--name", "mlp", "--hook-name", "blocks.1.mlp.hook_in", "--ratios", "4",
+        "--target-hook-name", "blocks.1.hook_mlp_out", "--architecture", "l1", "batch_topk",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((place / "outputs/runs/mlp/summary.json").read_text())["rows"]
+    for row in rows:
+        assert (row["hook_name"], row["hook_name_out"]) == (
+            "blocks.1.mlp.hook_in",
+            "blocks.1.hook_mlp_out",
+        )
+        assert row["fvu"] < 0.4
+        assert load_saelens(place / "outputs/runs/mlp/saes" / row["name"]).is_transcoder
+    settings = ("--n-tokens", "1500", "--n-tokens-ce", "600")
+    done = run_program(place, "analysis.evaluate", "outputs/runs/mlp", *settings)
+    assert done.returncode == 0, done.stderr
+    again = json.loads((place / "outputs/runs/mlp/results/evaluate.json").read_text())["rows"]
+    by_name = {row["name"]: row for row in again}
+    for row in rows:
+        for key in ("l0", "fvu", "ce_sae", "kl", "ce_zero", "n_tokens_eval"):
+            assert by_name[row["name"]][key] == pytest.approx(row[key], rel=1e-4), key
+    done = run_program(place, "analysis.compare_baselines", "outputs/runs/mlp")
+    assert done.returncode == 2 and "is a transcoder" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--target-hook-name", "blocks.0.hook_mlp_out"], "is not computed after --hook-name"),
+        (["--target-hook-name", "blocks.1.hook_resid_post"], "is also a --hook-name"),
+        (["--target-hook-name", "blocks.9.hook_mlp_out"], "L from 0 to 1"),
         (["--lm", "nowhere/at-all"], "--lm nowhere/at-all cannot be loaded"),
         (["--hook-name", "blocks.1.hook_resid_pots"], "did you mean blocks.1.hook_resid_post?"),
         (["--hook-name", "blocks.2.hook_resid_post"], "L from 0 to 1"),

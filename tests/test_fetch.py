@@ -343,7 +343,7 @@ def test_the_command_prints_the_table_and_refuses_in_one_line():
     done = run("--list")
     assert done.stdout == catalogue.release_table(releases().values())
     done = run("gpt2-smal-res-jb")
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "(nearest: gpt2-small-res-jb" in done.stderr
 
 

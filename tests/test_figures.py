@@ -235,7 +235,7 @@ def test_bad_json_is_one_clear_line(content, said, tmp_path):
     if content is not None:
         write(tmp_path, "summary.json", content)
     done = run("fig_reconstruction", tmp_path)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("error: ")
     assert said in done.stderr
 

@@ -262,7 +262,7 @@ def test_published_numbers_give_the_same_bytes(entry, tmp_path):
     ("text", "message"),
     [
         ("", "has no rows"),
-        ('{"a": 1}\nnonsense\n{"b": 1}\n', "is not valid JSON in line 2"),
+        ('{"a": 1}\nnonsense\n{"b": 1}\n', "line 2, is not valid JSON"),
         ("[1]\n", "has no rows"),
     ],
 )

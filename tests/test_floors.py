@@ -23,15 +23,17 @@ FLOORS = {
     # JSON in, figures out
     -1: "data_visualization",
     # no foreign world, no mathematics
-    0: "config dictionary errors storage",
+    0: "config dictionary errors settings storage",
     # mathematics and arrays
     1: """sae saes l0_controller dead_features baselines toy kernels metrics polysemanticity
-        unit_activity token_information context_clusters probing consistency sources cache""",
+        unit_activity token_information context_clusters probing consistency sources cache
+        cache_files""",
     # foreign worlds: language models, texts, other libraries' names
     2: """harvest models builtin_text text_files text splice examples formats concepts
         concept_sources token_tags descriptions intruders judge""",
     # a run: what trains, measures, keeps and tells
-    3: "training checkpoint distributed evaluation runs reporting",
+    3: """ladder training checkpoint distributed evaluation runs planning
+        reporting""",
     # programs
     4: f"{ENTRY} analysis benchmarks pretrained",
 }

@@ -186,7 +186,7 @@ URL = ["--judge-url", "http://localhost:1/v1"]
 )
 def test_a_bad_setting_is_one_line(place, sae, arguments, said):
     done = interpret(place, sae, *arguments, "--output", "never.json")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert said in done.stderr
     assert done.stderr.strip().count("\n") == 0
     assert not (place / "never.json").exists()

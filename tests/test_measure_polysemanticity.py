@@ -125,7 +125,7 @@ def test_the_figure_shows_every_family(measured):
 )
 def test_bad_input_is_one_line(place, finished, program, arguments, message):
     done = run_program(place, f"analysis.{program}", *arguments)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "Traceback" not in done.stderr
     assert re.search(message, done.stderr), done.stderr
 
 

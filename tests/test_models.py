@@ -54,10 +54,14 @@ def reference_activations(plain, tokens):
     def save(key):
         return lambda module, inputs, output: found.__setitem__(key, first(output))
 
+    def save_input(key):
+        return lambda module, inputs: found.__setitem__(key, inputs[0])
+
     for i, (block, attention, mlp) in enumerate(blocks_of(plain)):
         block.register_forward_hook(save(f"blocks.{i}.hook_resid_post"))
         attention.register_forward_hook(save(f"blocks.{i}.hook_attn_out"))
         mlp.register_forward_hook(save(f"blocks.{i}.hook_mlp_out"))
+        mlp.register_forward_pre_hook(save_input(f"blocks.{i}.mlp.hook_in"))
     streams = plain(tokens, output_hidden_states=True).hidden_states
     for i in range(N_LAYERS):
         found[f"blocks.{i}.hook_resid_pre"] = streams[i]
@@ -223,8 +227,8 @@ def test_a_device_that_is_not_there_is_refused(device):
         ("blocks.3.hook_resid_post", "L from 0 to 2"),
         ("blocks.-1.hook_resid_post", "L from 0 to 2"),
         ("blocks.x.hook_mlp_out", "L from 0 to 2"),
-        ("embeddings", "NAME one of hook_resid_pre, hook_resid_mid"),
-        ("blocks.1.attn.hook_q", "NAME one of hook_resid_pre, hook_resid_mid"),
+        ("embeddings", "NAME one of hook_resid_pre, hook_attn_out"),
+        ("blocks.1.attn.hook_q", "NAME one of hook_resid_pre, hook_attn_out"),
     ],
 )
 def test_an_unknown_hook_is_refused_with_the_nearest_and_the_possible(folders, hook_name, hint):

@@ -5,8 +5,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sparse_coding.ladder import SAESpec
 from sparse_coding.sae import ARCHITECTURES
-from sparse_coding.training import SAESpec, Trainer, TrainingConfig
+from sparse_coding.training import Trainer, TrainingConfig
 
 D_IN, N_FEATURES, L0, RATIO = 32, 64, 3, 4
 N_STEPS, BATCH = 1000, 512

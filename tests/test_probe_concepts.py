@@ -413,7 +413,7 @@ def test_the_score_of_one_feature_is_scikit_learns_on_activations_read_apart(
 def test_what_cannot_be_probed_is_refused_in_one_line(finished, place, flags, said):
     output = ["--output", "refused.json"]
     done = run_program(place, "analysis.probe_concepts", str(finished[1]), *flags, *output)
-    assert done.returncode == 1 and said in done.stderr
+    assert done.returncode == 2 and said in done.stderr
     assert "Traceback" not in done.stderr
 
 

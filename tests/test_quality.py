@@ -55,7 +55,6 @@ def test_an_l0_away_from_the_target_costs_and_silence_is_never_best():
         ({"architectures": ("p_anneal",)}, "--architectures p_anneal is unknown"),
         ({"peers": ("sparsify",)}, "--peers sparsify is unknown"),
         ({"seeds": (0,)}, "give two or more"),
-        ({"n_steps": 5}, "--n-steps 5 is too few"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(changes, line):

@@ -114,6 +114,13 @@ def test_the_table_of_quality_is_the_benchmarks():
         assert f"| {' | '.join(cells)} | {row['nats_lost_gap']:+.2f} |" in README
 
 
+def test_the_counts_of_hostile_files_are_the_fuzzs():
+    rows = json.loads((ROOT / "benchmarks/results/fuzz.json").read_text(encoding="utf-8"))["rows"]
+    n, n_refused = (sum(row[key] for row in rows) for key in ("n_cases", "n_refused"))
+    assert f"| {len(rows)} readers, {n:,} damaged files: {n_refused:,} refused in one" in README
+    assert f"took over {max(row['slowest_seconds'] for row in rows):.1f} s" in README
+
+
 def published(name):
     path = ROOT / "outputs" / "published" / "results" / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8"))["rows"]

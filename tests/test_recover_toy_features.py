@@ -8,9 +8,9 @@ from tiny_runs import run_program
 
 from analysis.toy_recovery import Fit, Recovery, estimate, over_seeds
 from data_visualization import fig_feature_dimensionality, fig_toy_recovery
+from sparse_coding.ladder import ladder
 from sparse_coding.sae import TopKSAE
 from sparse_coding.toy import ToySetting, toy_truth
-from sparse_coding.training import ladder
 
 FEW = Fit(n_steps=600, batch_tokens=256, lr=5e-3, n_rows=2000, n_null_draws=3)
 
@@ -134,6 +134,6 @@ def test_toy_models_put_features_in_superposition_only_when_they_are_sparse(plac
 )
 def test_bad_arguments_are_one_line(place, program, arguments, line):
     done = run_program(place, f"analysis.{program}", *arguments.split())
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert line in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

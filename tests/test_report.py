@@ -162,13 +162,13 @@ def test_values_that_a_figure_refuses_are_named_with_their_file(folder):
 def test_a_page_that_cannot_be_written_is_one_line(folder):
     (folder / "report.html").mkdir()
     done = run_report(folder)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr == f"error: {folder}/report.html could not be written: Is a directory\n"
 
 
 def test_nothing_to_draw_is_an_error_in_one_line(tmp_path):
     done = run_report(tmp_path)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.strip() == f"error: {tmp_path} has no results that could be drawn"
     assert (
         run_report(tmp_path / "none").stderr.strip() == f"error: {tmp_path / 'none'} is no folder"

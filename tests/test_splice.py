@@ -6,7 +6,7 @@ from tiny_models import FAMILIES, TEXT, blocks_of, first, load_plain, save_tiny_
 
 from sparse_coding.harvest import activations
 from sparse_coding.models import load_lm
-from sparse_coding.splice import cross_entropies
+from sparse_coding.splice import Target, cross_entropies
 from sparse_coding.text import TokenBatch
 
 N_CONTEXTS, N_POSITIONS = 5, 13
@@ -148,6 +148,45 @@ def test_a_replacement_equals_a_torch_hook_on_transformers_own_module(
     )
     torch.testing.assert_close(losses["x"], expected, rtol=0, atol=1e-5)
     assert (losses["x"] - losses["clean"])[counted].abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("family", "read", "written"),
+    [(f, "mlp.hook_in", "hook_mlp_out") for f in FAMILIES]
+    + [
+        ("gpt2", "hook_resid_pre", "hook_resid_mid"),
+        ("llama", "hook_attn_out", "hook_resid_post"),
+    ],
+)
+def test_a_target_gets_what_is_made_of_the_hooks_rows_of_the_same_pass(
+    lms, plains, batch, family, read, written
+):
+    names = [f"blocks.{LAYER}.{kind}" for kind in (read, written)]
+    acts = activations(lms[family], batch.tokens, names)
+    norms = [acts[name].norm(dim=-1) for name in names]
+    limits = [norm[batch.valid].quantile(0.8).item() for norm in norms]
+    keep = batch.valid & (norms[0] <= limits[0]) & (norms[1] <= limits[1])
+    assert 0 < keep.sum() < (batch.valid & (norms[0] <= limits[0])).sum()
+
+    def change(y):
+        y = y.clone()
+        y[keep] = 0.5 - acts[names[0]][keep]
+        return y
+
+    handles = spliced(plains[family], written, change)
+    with torch.no_grad():
+        expected, _ = reference_losses(plains[family], batch)
+    for handle in handles:
+        handle.remove()
+    losses, *_ = cross_entropies(
+        lms[family],
+        batch,
+        names[0],
+        {"clean": None, "x": lambda x: 0.5 - x},
+        max_norm=limits[0],
+        target=Target(names[1], limits[1]),
+    )
+    torch.testing.assert_close(losses["x"], expected, rtol=0, atol=1e-5)
 
 
 def test_zero_ablation_equals_a_torch_hook_that_writes_zeros(lms, plains, batch):

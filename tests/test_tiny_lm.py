@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pretrained.train_tiny_lm import Config, Training, build_model, lr_at, token_bytes
-from sparse_coding.models import SHIPPED, SHIPPED_NAMES, load_lm, n_layers_of
+from sparse_coding.models import SHIPPED, SHIPPED_NAMES, load_lm, size_of
 from sparse_coding.text import load_text
 
 
@@ -33,7 +33,7 @@ def test_the_two_differ_in_their_weights_and_nothing_else(shipped):
     for file in ("tokenizer.json", "config.json"):
         assert (SHIPPED / a.name / file).read_bytes() == (SHIPPED / b.name / file).read_bytes()
     assert (a.n_layers, a.d_model) == (b.n_layers, b.d_model) == (4, 192)
-    assert n_layers_of("tiny-a@random") == 4
+    assert size_of("tiny-a@random").n_layers == 4
     W = [lm.model.blocks[1].mlp.W_in.detach().flatten() for lm in (a, b)]
     assert abs(torch.corrcoef(torch.stack(W))[0, 1]) < 0.05, "no weight is the other model's"
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from sparse_coding.errors import UserError
+from sparse_coding.ladder import SAESpec, ladder
 from sparse_coding.sae import ARCHITECTURES
-from sparse_coding.training import SAESpec, Trainer, TrainingConfig, ladder
+from sparse_coding.training import Trainer, TrainingConfig
 
 D_IN = 12
 TRUE_FEATURES = 20
@@ -86,7 +87,9 @@ def test_learning_rate_rises_stays_and_falls():
 def test_training_units_have_root_mean_square_norm_sqrt_d_in(activations):
     sample = activations[:3000]
     trainer = Trainer([spec()], config(), sample)
-    assert (sample * trainer.scale).square().sum(1).mean().item() == pytest.approx(D_IN, rel=1e-5)
+    assert (sample * trainer.scales[0]).square().sum(1).mean().item() == pytest.approx(
+        D_IN, rel=1e-5
+    )
 
 
 def test_the_first_step_has_the_initial_l0_asked_for(activations):
@@ -162,7 +165,7 @@ def test_resampling_points_dead_features_at_the_worst_inputs_and_forgets_their_m
     lane.tokens_since_fired[:] = 0
     lane.tokens_since_fired[dead] = 10**9
     alive_before = lane.sae.W_dec.detach()[7].clone()
-    pool = (activations[:300] * trainer.scale).clone()
+    pool = (activations[:300] * trainer.scales[0]).clone()
     pool[13] += 40.0  # so badly reconstructed that loss^2 makes it certain
     pool[77] -= 40.0
     lane.resample_dead(pool, step=5)

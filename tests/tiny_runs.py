@@ -21,15 +21,24 @@ SETTINGS = (
 )
 
 
-def save_place(folder: Path) -> None:
-    """A GPT-NeoX of two layers, lm/, and a text of 200 documents, text.jsonl."""
+# In the environment of every program that tests run; test_secrets looks for them.
+SECRETS = {
+    "HF_TOKEN": "hf_plantedplantedplantedplanted",
+    "OPENAI_API_KEY": "sk-planted-planted-planted",
+    "WANDB_API_KEY": "planted" * 6,
+    "HTTPS_PROXY": "http://somebody:planted-password@127.0.0.1:9",
+}
+
+
+def save_place(folder: Path, n_documents: int = 200) -> None:
+    """A GPT-NeoX of two layers, lm/, and a text of some 150 tokens a document, text.jsonl."""
     generator = torch.Generator().manual_seed(0)
     texts = []
-    for _ in range(200):
+    for _ in range(n_documents):
         drawn = torch.randint(len(WORDS), (120,), generator=generator).tolist()
         texts.append(" ".join(WORDS[i] for i in drawn))
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    save_tiny_lm("gpt_neox", folder / "lm", "\n".join(texts))
+    save_tiny_lm("gpt_neox", folder / "lm", "\n".join(texts[:200]))
 
 
 def command(*arguments: str) -> list[str]:
@@ -39,7 +48,7 @@ def command(*arguments: str) -> list[str]:
 
 def run_in(place: Path, command: list[str]) -> subprocess.CompletedProcess:
     """What became of a command; output as text."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = SECRETS | os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=place, capture_output=True, text=True, env=environment)
 
 

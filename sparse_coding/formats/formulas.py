@@ -11,8 +11,10 @@ def formulas(cls: type[SAE], known: Iterable[type[SAE]]) -> type[SAE] | None:
     return next((base for base in known if issubclass(cls, base)), None)
 
 
-def refuse_what_cannot_be_said(sae: SAE, known: Iterable[type[SAE]], library: str) -> None:
-    """`UserError` for a class or an encoder of its own, or for thresholds below 0.
+def refuse_what_cannot_be_said(
+    sae: SAE, known: Iterable[type[SAE]], library: str, has_transcoders: bool = False
+) -> None:
+    """`UserError` for a class or an encoder of its own, a transcoder, or thresholds below 0.
 
     Behind a ReLU, as all others have it, a threshold below 0 would silence what ours lets through.
     """
@@ -21,6 +23,8 @@ def refuse_what_cannot_be_said(sae: SAE, known: Iterable[type[SAE]], library: st
     if expected is None:
         allowed = ", ".join(base.__name__ for base in known)
         raise UserError(f"{library} has no {cls.__name__}; it can hold: {allowed}")
+    if sae.is_transcoder and not has_transcoders:
+        raise UserError(f"this layout of {library} has no transcoders; SAELens has")
     for method in ("pre_activations", "encode", "decode"):
         if getattr(cls, method) is not getattr(expected, method):
             raise UserError(

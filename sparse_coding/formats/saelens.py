@@ -13,6 +13,9 @@ with the tensors' names and orientations equal to ours, and differ in
     jumprelu:  f = relu(pre) * (pre > threshold)
     gated:     f = relu(exp(r_mag) * (pre - b_enc) + b_mag) * (pre > 0), b_enc called b_gate
 
+A transcoder (`transcoder`, `jumprelu_transcoder`) is a standard or jumprelu one that decodes d_out
+numbers of another hook, `hook_name_out` in the metadata, and subtracts no b_dec.
+
 A tied encoder is written out as W_dec^T; BatchTopK becomes a jumprelu with one threshold for all,
 as SAELens itself has it. What a loss or a constraint was in training is not expressed, only named
 in the metadata.
@@ -72,6 +75,9 @@ TENSORS = {
     "b_enc": ("d_sae",),
     "b_dec": ("d_in",),
 }
+TRANSCODED = TENSORS | {"W_dec": ("d_sae", "d_out"), "b_dec": ("d_out",)}
+THRESHOLD = {"threshold": ("d_sae",)}
+OF_TRANSCODER = {"integers": ("d_out",), "choices": {"apply_b_dec_to_input": (False,)}}
 LAYOUTS = {
     "standard": Layout(TENSORS, {True: L1SAE, False: NormWeightedL1SAE}),
     "topk": Layout(
@@ -80,15 +86,16 @@ LAYOUTS = {
         integers=("k",),
         choices={"rescale_acts_by_decoder_norm": (False, True)},
     ),
-    "jumprelu": Layout(
-        TENSORS | {"threshold": ("d_sae",)}, {True: JumpReLUSAE, False: JumpReLUSAE}
-    ),
+    "jumprelu": Layout(TENSORS | THRESHOLD, {True: JumpReLUSAE, False: JumpReLUSAE}),
     "gated": Layout(
         TENSORS | {"r_mag": ("d_sae",), "b_mag": ("d_sae",)},
         {True: GatedSAE, False: GatedSAE},
         renamed={"b_enc": "b_gate"},
     ),
+    "transcoder": Layout(TRANSCODED, {False: NormWeightedL1SAE}, **OF_TRANSCODER),
+    "jumprelu_transcoder": Layout(TRANSCODED | THRESHOLD, {False: JumpReLUSAE}, **OF_TRANSCODER),
 }
+TRANSCODERS = {"standard": "transcoder", "jumprelu": "jumprelu_transcoder"}
 # The first that a class descends from has its formulas: what it is there, and was in training.
 WRITTEN_AS: dict[type[SAE], tuple[str, str]] = {
     MatryoshkaSAE: ("jumprelu", "matryoshka_batchtopk"),
@@ -122,11 +129,11 @@ def save_saelens(
     on. `UserError` if the SAE encodes or decodes by a formula of its own, or if the folder exists
     and `overwrite` is not set; only an empty folder or an SAE's is ever replaced.
     """
-    refuse_what_cannot_be_said(sae, WRITTEN_AS, "SAELens")
+    refuse_what_cannot_be_said(sae, WRITTEN_AS, "SAELens", has_transcoders=True)
     if density is not None and density.shape != (sae.d_sae,):
         raise UserError(f"density is {tuple(density.shape)}; it must be ({sae.d_sae},)")
     with whole_folder(folder, CONFIG, overwrite=overwrite) as temporary:
-        renamed = LAYOUTS[_written_as(type(sae))[0]].renamed
+        renamed = LAYOUTS[_written_as(sae)[0]].renamed
         tensors = {renamed.get(name, name): tensor for name, tensor in _tensors(sae).items()}
         write_tensors(temporary / WEIGHTS, tensors)
         write_json(temporary / CONFIG, _config(sae, metadata))
@@ -150,6 +157,8 @@ def load_saelens(folder: str | Path, device: torch.device | str = "cpu") -> SAE:
     and a `topk` that rescales gets unit rows: computed in float64, equal up to the rounding of the
     dtype. Thresholds below 0 become 0, which changes nothing after a ReLU.
 
+    A transcoder is one here too (`SAE.retarget`).
+
     `UserError` for another architecture, an activation scale that is not folded into the weights,
     a missing or damaged file, NaN or infinity, names or shapes that disagree.
     """
@@ -159,25 +168,33 @@ def load_saelens(folder: str | Path, device: torch.device | str = "cpu") -> SAE:
     cls, settings = _class_that_encodes_alike(config, weights)
     # A generator of its own: loading must not advance the global random stream.
     sae = cls(config["d_in"], config["d_sae"], torch.Generator(), **settings)
+    if config["architecture"] in TRANSCODERS.values():
+        sae.retarget(config["d_out"], torch.Generator())
     sae = sae.to(DTYPES[config["dtype"].removeprefix("torch.")])
     weights = _fold(weights, config, cls)
     sae.load_state_dict({name: weights[name] for name in sae.state_dict()})
     return sae.to(device)
 
 
-def _written_as(cls: type[SAE]) -> tuple[str, str]:
-    return WRITTEN_AS[formulas(cls, WRITTEN_AS)]
+def _written_as(sae: SAE) -> tuple[str, str]:
+    return _architecture(type(sae), sae.is_transcoder)
+
+
+def _architecture(cls: type[SAE], is_transcoder: bool) -> tuple[str, str]:
+    """What a class is there, and was in training."""
+    architecture, trained_as = WRITTEN_AS[formulas(cls, WRITTEN_AS)]
+    return (TRANSCODERS[architecture] if is_transcoder else architecture), trained_as
 
 
 def _tensors(sae: SAE) -> dict[str, Tensor]:
-    tensors = {name: getattr(sae, name) for name in LAYOUTS[_written_as(type(sae))[0]].tensors}
+    tensors = {name: getattr(sae, name) for name in LAYOUTS[_written_as(sae)[0]].tensors}
     if "threshold" in tensors:
         tensors["threshold"] = tensors["threshold"].expand(sae.d_sae)
     return tensors
 
 
 def _config(sae: SAE, metadata: dict[str, Any]) -> dict[str, Any]:
-    architecture, trained_as = _written_as(type(sae))
+    architecture, trained_as = _written_as(sae)
     layout = LAYOUTS[architecture]
     return {
         "architecture": architecture,
@@ -277,13 +294,16 @@ def _is_still(
 ) -> bool:
     """Whether a file still is of this class: SAELens hands our metadata on with weights that it
     has changed."""
-    architecture, _ = _written_as(cls)
-    written = architecture, cls.subtracts_b_dec
+    is_transcoder = config["architecture"] in TRANSCODERS.values()
+    if is_transcoder and not cls.can_transcode:
+        return False
+    architecture, _ = _architecture(cls, is_transcoder)
+    written = architecture, cls.subtracts_b_dec and not is_transcoder
     if written != (config["architecture"], config["apply_b_dec_to_input"]):
         return False
     if issubclass(cls, TiedL1SAE):
         return torch.equal(weights["W_enc"], weights["W_dec"].T)
-    if architecture == "jumprelu" and cls.sparsity_is_chosen:
+    if "threshold" in weights and cls.sparsity_is_chosen:
         is_shared = (weights["threshold"] == weights["threshold"][0]).all()
         has_threshold = bool(is_shared) or not issubclass(cls, BatchTopKSAE)
         has_k = type(ours.get("k")) is int and ours["k"] > 0
@@ -309,7 +329,8 @@ def _fold(weights: dict[str, Tensor], config: dict[str, Any], cls: type[SAE]) ->
         folded["b_enc"] = weights["b_enc"].double() * norms[:, 0]
         # A row of zeros never fires and stays one.
         folded["W_dec"] = weights["W_dec"].double() / norms.where(norms > 0, 1.0)
-    if cls.subtracts_b_dec != config["apply_b_dec_to_input"]:
+    is_transcoder = config["architecture"] in TRANSCODERS.values()
+    if cls.subtracts_b_dec != config["apply_b_dec_to_input"] and not is_transcoder:
         sign = 1 if cls.subtracts_b_dec else -1
         shift = folded["b_dec"].double() @ folded["W_enc"].double()
         folded["b_enc"] = folded["b_enc"].double() + sign * shift

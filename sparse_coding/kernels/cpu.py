@@ -60,6 +60,7 @@ def supports(sae: SAE) -> bool:
         type(sae) in FAST_CLASSES
         and sae.W_dec.device.type == "cpu"
         and sae.W_dec.dtype in (torch.float32, torch.float64)
+        and sae.d_out == sae.d_in
     )
 
 
@@ -96,10 +97,10 @@ class CPUStep:
         l1_coeff: Float[Tensor, ""],
         dead: Int[Tensor, " n_dead"] | None = None,
     ) -> StepStatistics:
-        if x.ndim != 2 or x.shape[1] != self.sae.d_in:
+        if x.ndim != 2 or x.shape[1] != self.sae.n_columns:
             raise UserError(
                 f"activations of shape {tuple(x.shape)} do not fit an SAE of d_in "
-                f"{self.sae.d_in}: give (batch, {self.sae.d_in})"
+                f"{self.sae.d_in}: give (batch, {self.sae.n_columns})"
             )
         with torch.no_grad():
             batch, model = self._batch(x, float(l1_coeff)), self._model()
@@ -112,11 +113,11 @@ class CPUStep:
 
     def _batch(self, x: Tensor, l1_coeff: float) -> loops.Batch:
         sae = self.sae
-        x = x.to(sae.W_dec.dtype).contiguous()
+        x, target = (part.contiguous() for part in sae.split(x.to(sae.W_dec.dtype)))
         centred = x - sae.b_dec if sae.subtracts_b_dec else x
         has_unit_norm = sae.has_unit_norm_rows
         penalty = torch.ones_like(sae.b_enc) if has_unit_norm else sae.W_dec.norm(dim=1)
-        arrays = x.numpy(), centred.numpy(), penalty.numpy()
+        arrays = target.numpy(), centred.numpy(), penalty.numpy()
         scalar = arrays[0].dtype.type
         coefficients = [scalar(0), scalar(0)]
         if not sae.sparsity_is_chosen:

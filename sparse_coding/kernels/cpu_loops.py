@@ -80,8 +80,9 @@ class Batch(NamedTuple):
     """What a step reads besides the parameters."""
 
     x: np.ndarray
+    """What is to be decoded: of a transcoder, its target."""
     centred: np.ndarray
-    """What the encoder multiplies: x, or x - b_dec."""
+    """What the encoder multiplies: the SAE's input, or that - b_dec."""
     penalty: np.ndarray
     """What one unit of each feature costs, ||W_dec[i]||; before the coefficient."""
     error_scale: np.floating

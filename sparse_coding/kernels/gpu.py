@@ -111,7 +111,8 @@ def _difference(device: torch.device, architecture: type[SAE], is_low: bool) -> 
 
 
 def _is_known(sae: SAE) -> bool:
-    return type(sae) in FAST_CLASSES and sae.W_dec.dtype in (torch.float32, torch.float64)
+    is_exact = sae.W_dec.dtype in (torch.float32, torch.float64)
+    return type(sae) in FAST_CLASSES and is_exact and sae.d_out == sae.d_in
 
 
 def _learns_threshold(sae: SAE) -> bool:
@@ -122,8 +123,9 @@ class _Batch(NamedTuple):
     """What a step reads besides the parameters."""
 
     x: Tensor
+    """What is to be decoded: of a transcoder, its target."""
     centred: Tensor
-    """What the encoder multiplies: x, or x - b_dec."""
+    """What the encoder multiplies: the SAE's input, or that - b_dec."""
     penalty: Tensor
     """What one unit of each feature costs, ||W_dec[i]||; before the coefficient."""
     threshold: Tensor
@@ -207,10 +209,10 @@ class GPUStep:
         l1_coeff: Float[Tensor, ""],
         dead: Int[Tensor, " n_dead"] | None = None,
     ) -> StepStatistics:
-        if x.ndim != 2 or x.shape[1] != self.sae.d_in:
+        if x.ndim != 2 or x.shape[1] != self.sae.n_columns:
             raise UserError(
                 f"activations of shape {tuple(x.shape)} do not fit an SAE of d_in "
-                f"{self.sae.d_in}: give (batch, {self.sae.d_in})"
+                f"{self.sae.d_in}: give (batch, {self.sae.n_columns})"
             )
         with torch.cuda.device_of(x):  # where Triton launches
             batch, sums = self._batch(x, l1_coeff), self._no_sums()
@@ -230,11 +232,11 @@ class GPUStep:
 
     def _batch(self, x: Tensor, l1_coeff: Tensor) -> _Batch:
         sae = self.sae
-        x = x.to(sae.W_dec.dtype).contiguous()
+        x, target = (part.contiguous() for part in sae.split(x.to(sae.W_dec.dtype)))
         centred = x - sae.b_dec if sae.subtracts_b_dec else x
         penalty = torch.ones_like(sae.b_enc) if sae.has_unit_norm_rows else sae.W_dec.norm(dim=1)
         threshold = sae.threshold if _learns_threshold(sae) else torch.zeros_like(sae.b_enc)
-        return _Batch(x, centred, penalty, threshold, self._scalars(l1_coeff, len(x)))
+        return _Batch(target, centred, penalty, threshold, self._scalars(l1_coeff, len(x)))
 
     def _scalars(self, l1_coeff: Tensor, n_tokens: int) -> Tensor:
         """Count a step in Adam's state; this step's constants, none of them read by the host."""

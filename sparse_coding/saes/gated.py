@@ -22,6 +22,7 @@ class GatedSAE(UntiedSAE):
     """
 
     name = "gated"
+    can_transcode = False  # SAELens, in whose layout runs are saved, has none such
 
     def __init__(self, d_in: int, d_sae: int, generator: torch.Generator | None = None) -> None:
         super().__init__(d_in, d_sae, generator)
@@ -37,16 +38,17 @@ class GatedSAE(UntiedSAE):
 
     def loss(
         self,
-        x: Float[Tensor, "batch d_in"],
+        rows: Float[Tensor, "batch columns"],
         l1_coeff: Float[Tensor, ""] | float,
         dead: Int[Tensor, " n_dead"] | None = None,
     ) -> Loss:
         """As in `SAE`, with the gate's L1 as penalty and its reconstruction error in the total."""
+        x, target = self.split(rows)
         gate = self.pre_activations(x)
         f, opening = self._gated(gate), torch.relu(gate)
-        mse = (x - self.decode(f)).square().sum(dim=1).mean()
+        mse = (target - self.decode(f)).square().sum(dim=1).mean()
         frozen = opening @ self.W_dec.detach() + self.b_dec.detach()
-        gate_mse = (x - frozen).square().sum(dim=1).mean()
+        gate_mse = (target - frozen).square().sum(dim=1).mean()
         penalty = opening.sum(dim=1).mean()
         return Loss(mse + gate_mse + l1_coeff * penalty, mse, penalty, f)
 

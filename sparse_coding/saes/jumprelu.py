@@ -41,13 +41,14 @@ class JumpReLUSAE(UntiedSAE):
 
     def loss(
         self,
-        x: Float[Tensor, "batch d_in"],
+        rows: Float[Tensor, "batch columns"],
         l1_coeff: Float[Tensor, ""] | float,
         dead: Int[Tensor, " n_dead"] | None = None,
     ) -> Loss:
         """As in `SAE`, with the mean L0 as penalty."""
+        x, target = self.split(rows)
         f, is_active = JumpReLU.apply(self.pre_activations(x), self.threshold, self.bandwidth)
-        mse = (x - self.decode(f)).square().sum(dim=1).mean()
+        mse = (target - self.decode(f)).square().sum(dim=1).mean()
         l0 = is_active.sum(dim=1).mean()
         return Loss(mse + l1_coeff * l0, mse, l0, f)
 
@@ -71,8 +72,8 @@ class TargetJumpReLUSAE(JumpReLUSAE):
     encode, decode, gradients, start: as `JumpReLUSAE`
     loss:   ||x - x_hat||^2 + target_coeff * (l0 / k - 1)^2,   l0 = mean_batch ||f||_0
 
-    `target_coeff` is 4 d_in, the variance of a batch being about d_in: the squared error that one
-    more feature saves at an FVU of 0.2 then holds l0 within some 3 % of k.
+    `target_coeff` is 4 d_out, the variance of a batch being about d_out: the squared error that
+    one more feature saves at an FVU of 0.2 then holds l0 within some 3 % of k.
     """
 
     name = "jumprelu_target"
@@ -90,16 +91,16 @@ class TargetJumpReLUSAE(JumpReLUSAE):
 
     @property
     def target_coeff(self) -> float:
-        return 4.0 * self.d_in
+        return 4.0 * self.d_out
 
     def loss(
         self,
-        x: Float[Tensor, "batch d_in"],
+        rows: Float[Tensor, "batch columns"],
         l1_coeff: Float[Tensor, ""] | float = 0.0,
         dead: Int[Tensor, " n_dead"] | None = None,
     ) -> Loss:
         """As in `SAE`, with (l0 / k - 1)^2 as penalty; `l1_coeff` is not used."""
-        _, mse, l0, f = super().loss(x, 0.0)
+        _, mse, l0, f = super().loss(rows, 0.0)
         penalty = (l0 / self.k - 1).square()
         return Loss(mse + self.target_coeff * penalty, mse, penalty, f)
 

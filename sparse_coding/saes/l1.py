@@ -22,6 +22,7 @@ class TiedL1SAE(SAE):
     """
 
     name = "tied_l1"
+    can_transcode = False  # it has no encoder of its own
 
     @property
     def W_enc(self) -> Float[Tensor, "d_in d_sae"]:

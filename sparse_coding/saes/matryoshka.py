@@ -42,10 +42,10 @@ class MatryoshkaSAE(BatchTopKSAE):
         return super().settings | {"prefixes": self.prefixes}
 
     def errors(
-        self, x: Float[Tensor, "batch d_in"], f: Float[Tensor, "batch d_sae"]
-    ) -> list[Float[Tensor, "batch d_in"]]:
+        self, target: Float[Tensor, "batch d_out"], f: Float[Tensor, "batch d_sae"]
+    ) -> list[Float[Tensor, "batch d_out"]]:
         """Of each prefix."""
-        errors = [x - self.b_dec]
+        errors = [target - self.b_dec]
         for first, last in zip((0, *self.prefixes), self.prefixes, strict=False):
             errors.append(errors[-1] - f[:, first:last] @ self.W_dec[first:last])
         return errors[1:]

@@ -24,6 +24,7 @@ class TopKSAE(UntiedSAE):
     name = "topk"
     sparsity_is_chosen = True
     revives_dead = True
+    can_transcode = False  # SAELens, in whose layout runs are saved, has none such
     aux_coeff = 1 / 32
 
     def __init__(
@@ -41,28 +42,29 @@ class TopKSAE(UntiedSAE):
 
     def loss(
         self,
-        x: Float[Tensor, "batch d_in"],
+        rows: Float[Tensor, "batch columns"],
         l1_coeff: Float[Tensor, ""] | float = 0.0,
         dead: Int[Tensor, " n_dead"] | None = None,
     ) -> Loss:
         """As in `SAE`, but for the penalty, which is AuxK's error; `l1_coeff` is not used."""
+        x, target = self.split(rows)
         pre = self.pre_activations(x)
         f = self.select(pre)
-        errors = self.errors(x, f)
+        errors = self.errors(target, f)
         squares = [error.square().sum(dim=1).mean() for error in errors]
         aux = self.auxiliary(pre, errors[-1], dead)
         return Loss(torch.stack(squares).mean() + self.aux_coeff * aux, squares[-1], aux, f)
 
     def errors(
-        self, x: Float[Tensor, "batch d_in"], f: Float[Tensor, "batch d_sae"]
-    ) -> list[Float[Tensor, "batch d_in"]]:
-        """What reconstructions leave of x: those that are trained, that of all features last."""
-        return [x - self.decode(f)]
+        self, target: Float[Tensor, "batch d_out"], f: Float[Tensor, "batch d_sae"]
+    ) -> list[Float[Tensor, "batch d_out"]]:
+        """What reconstructions leave: those that are trained, that of all features last."""
+        return [target - self.decode(f)]
 
     def auxiliary(
         self,
         pre: Float[Tensor, "batch d_sae"],
-        error: Float[Tensor, "batch d_in"],
+        error: Float[Tensor, "batch d_out"],
         dead: Int[Tensor, " n_dead"] | None,
     ) -> Float[Tensor, ""]:
         """AuxK: what the dead features leave of the error, squared, mean over the batch."""
@@ -82,7 +84,7 @@ class TopKSAE(UntiedSAE):
 
     def initialise_sparsity(
         self,
-        x: Float[Tensor, "batch d_in"],
+        rows: Float[Tensor, "batch columns"],
         l0: float,
         features: Int[Tensor, " chosen"] | None = None,
     ) -> None:
@@ -101,6 +103,7 @@ class BatchTopKSAE(TopKSAE):
     """
 
     name = "batch_topk"
+    can_transcode = True
 
     def __init__(
         self, d_in: int, d_sae: int, generator: torch.Generator | None = None, k: int = 32

@@ -1,0 +1,79 @@
+"""Which SAEs a run trains: every combination of what was asked for. Nothing is made here."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from sparse_coding.errors import UserError
+from sparse_coding.sae import ARCHITECTURES
+
+
+class SAESpec(NamedTuple):
+    """One SAE of the ladder. Exactly one of `l1_coeff` and `target_l0` is set.
+
+    `target_l0` is the `k` of classes that choose their sparsity (`SAE.sparsity_is_chosen`).
+    """
+
+    architecture: str
+    ratio: int
+    l1_coeff: float | None
+    target_l0: float | None
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Sortable folder name, e.g. `l1_x08_c1.0_s0` or `l1_x08_l0-20_s0`."""
+        sparsity = f"c{self.l1_coeff}" if self.target_l0 is None else f"l0-{self.target_l0:g}"
+        return f"{self.architecture}_x{self.ratio:02d}_{sparsity}_s{self.seed}"
+
+
+def _refuse_unless_l0_is_whole(
+    architecture: str, l1_coeffs: Sequence[float], target_l0: Sequence[float]
+) -> None:
+    if l1_coeffs:
+        raise UserError(
+            f"--architecture {architecture} has no coefficient; give --target-l0 (its k) instead "
+            "of --l1-coeffs"
+        )
+    broken = [target for target in target_l0 if target < 1 or target != round(target)]
+    if broken:
+        raise UserError(
+            f"--target-l0 {broken[0]:g} is not possible for --architecture {architecture}; its k "
+            "must be a whole number"
+        )
+
+
+def check_architectures(names: Sequence[str], flag: str = "--architecture") -> None:
+    """`UserError` about the first that there is not."""
+    for name in names:
+        if name not in ARCHITECTURES:
+            allowed = ", ".join(ARCHITECTURES)
+            raise UserError(f"{flag} {name} is unknown; it must be one of: {allowed}")
+
+
+def ladder(
+    architectures: Sequence[str],
+    ratios: Sequence[int],
+    l1_coeffs: Sequence[float],
+    target_l0: Sequence[float],
+    seeds: Sequence[int],
+    are_transcoders: bool = False,
+) -> list[SAESpec]:
+    """Every combination, in the order of its arguments; `l1_coeffs` win over `target_l0`."""
+    check_architectures(architectures)
+    for architecture in architectures:
+        if are_transcoders and not ARCHITECTURES[architecture].can_transcode:
+            able = ", ".join(name for name, cls in ARCHITECTURES.items() if cls.can_transcode)
+            raise UserError(
+                f"--architecture {architecture} cannot be a transcoder (--target-hook-name); "
+                f"these can: {able}"
+            )
+        if ARCHITECTURES[architecture].sparsity_is_chosen:
+            _refuse_unless_l0_is_whole(architecture, l1_coeffs, target_l0)
+    sparsities = [(c, None) for c in l1_coeffs] or [(None, t) for t in target_l0]
+    return [
+        SAESpec(architecture, ratio, l1_coeff, target, seed)
+        for architecture in architectures
+        for ratio in ratios
+        for l1_coeff, target in sparsities
+        for seed in seeds
+    ]
