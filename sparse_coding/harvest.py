@@ -30,7 +30,7 @@ from sparse_coding.cache_files import damaged_shards, replace_shard
 from sparse_coding.errors import UserError
 from sparse_coding.models import LanguageModel
 from sparse_coding.processes import ALONE, Processes, refuse_unseen
-from sparse_coding.shared_cache import NoWriter, cache_writer
+from sparse_coding.shared_cache import NoWriter, written_by_first
 from sparse_coding.sources import KeyedPermutation, ShuffledRows, ahead
 from sparse_coding.storage import read_json
 from sparse_coding.text import TokenBatch
@@ -220,9 +220,8 @@ def harvest_to_cache(
     if processes.of_first((folder / "manifest.json").exists()):
         return _checked_cache(rows, folder, settings)
     widths = {name: hook_width(rows.lm, name) for name in rows.hook_names}
-    with cache_writer(
-        processes, root, settings, widths, n_tokens, getattr(torch, dtype)
-    ) as writer:
+    layout = root, settings, widths, n_tokens, getattr(torch, dtype)
+    with written_by_first(processes, partial(CacheWriter, *layout), n_tokens) as writer:
         n_done = _fill(writer, rows, writer.n_tokens_done)
         writer.finish(
             {"max_norms": rows.max_norms, "n_valid": rows.n_valid, "n_dropped": rows.n_dropped}

@@ -4,10 +4,8 @@ Nothing here knows how activations are made.
 """
 
 import contextlib
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -29,17 +27,12 @@ class NoWriter(contextlib.nullcontext):
         pass
 
 
-def cache_writer(
-    processes: Processes,
-    root: Path,
-    settings: dict[str, Any],
-    hooks: dict[str, int],
-    n_tokens: int,
-    dtype: torch.dtype,
+def written_by_first(
+    processes: Processes, make_writer: Callable[[], CacheWriter], n_tokens: int
 ) -> CacheWriter | NoWriter:
-    """`CacheWriter(root, ...)` in the first process; all others go on from where it does."""
+    """The writer, made in the first process; all others go on from where it does."""
     if not processes.is_first:
         return NoWriter(n_tokens, processes.of_first(0))
-    writer = CacheWriter(root, settings, hooks, n_tokens, dtype)
+    writer = make_writer()
     processes.of_first(writer.n_tokens_done)
     return writer
