@@ -119,7 +119,9 @@ def save_run(
         for part, stateful in parts.items()
         for key, value in stateful.state_dict().items()
     }
-    return save_checkpoint(folder, step, tensors, keep) if processes.is_first else None
+    path = save_checkpoint(folder, step, tensors, keep) if processes.is_first else None
+    processes.wait()  # torchrun terminates all when one has ended; none may while this is written
+    return path
 
 
 def load_run(folder: Path, parts: dict[str, Stateful], processes: Processes = ALONE) -> int:
@@ -153,7 +155,11 @@ def _integer_or_tensor(value: Tensor) -> int | Tensor:
 
 
 class StopSignal:
-    """Remembers SIGINT and SIGTERM, so that a step is finished and saved; a second one kills."""
+    """Remembers SIGINT and SIGTERM, so that a step is finished and saved; a second one kills.
+
+    Not so under torchrun, which passes on a signal that its processes may have got themselves,
+    and itself kills what has not ended 30 seconds later.
+    """
 
     def __init__(self, processes: Processes = ALONE) -> None:
         self.name, self._processes = "", processes
@@ -164,7 +170,8 @@ class StopSignal:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.name = signal.Signals(number).name
-        self.restore()
+        if self._processes.is_alone:
+            self.restore()
 
     def agreed(self) -> str:
         """The signal that some process has received, "" if none has: the same for all of them.

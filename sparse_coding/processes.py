@@ -5,9 +5,10 @@ given. Nothing here knows what is exchanged.
 """
 
 import os
+import re
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
@@ -25,6 +26,7 @@ PATIENCE = timedelta(hours=24)
 neighbours learn at once."""
 
 Value = TypeVar("Value")
+ExceptHook = Callable[[type[BaseException], BaseException, TracebackType | None], Any]
 
 
 class Processes:
@@ -193,8 +195,13 @@ def lost_process_in_one_line() -> Iterator[None]:
     except RuntimeError as error:
         raise UserError(
             "another process of this run has ended, so this one does too; the last checkpoint is "
-            f"good: start again with --resume ({str(error).splitlines()[0]})"
+            f"good: start again with --resume ({_first_sentence(str(error))})"
         ) from None
+
+
+def _first_sentence(text: str) -> str:
+    """Of what torch says, without the place in its source."""
+    return re.sub(r"^\[[^]]*\] ", "", text).partition("\n")[0].partition(". ")[0]
 
 
 def n_processes() -> int:
@@ -223,10 +230,11 @@ def open_processes(device: str = "auto") -> Processes:
     if is_cuda:
         _take_gpu(device)
     backend = "cpu:gloo,cuda:nccl" if is_cuda else "gloo"
+    before = sys.excepthook  # torch puts one of its own in the place
     with lost_process_in_one_line():
         store, rank, size = next(dist.rendezvous("env://"))
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
-    _let_one_process_speak(store)
+    _let_one_process_speak(store, before)
     return Processes(rank, size)
 
 
@@ -252,12 +260,11 @@ def _take_gpu(device: str) -> None:
     torch.cuda.set_device(number)
 
 
-def _let_one_process_speak(store: dist.Store) -> None:
+def _let_one_process_speak(store: dist.Store, before: ExceptHook) -> None:
     """Of several processes that fail together only the first one's line is shown.
 
     All find the same fault in their arguments, or lose the same process, in the same moment.
     """
-    before = sys.excepthook
     key = "errors after restart " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
