@@ -34,8 +34,8 @@ import sys
 
 from sparse_coding.cache import CachedActivations
 from sparse_coding.checkpoint import StopSignal, load_run, save_run
-from sparse_coding.distributed import evaluate_together, make_trainer, share_of_batches
-from sparse_coding.evaluation import Evaluation, density_histogram, take_tokens
+from sparse_coding.distributed import make_trainer, share_of_batches
+from sparse_coding.evaluation import Evaluation, density_histogram, evaluate, take_tokens
 from sparse_coding.formats.saelens import save_saelens
 from sparse_coding.harvest import (
     AlignedSources,
@@ -171,7 +171,7 @@ results, densities = [], []
 for hook_name, trainer in trainers.items():
     evaluation = Evaluation(lm, hook_name, heldout, rows.max_norms[hook_name], target=written)
     saes, mean = trainer.finished_saes(), trainer.raw_mean()
-    measured = evaluate_together(processes, evaluation, saes, mean, cfg.n_tokens_ce)
+    measured = evaluate(evaluation, saes, mean, cfg.n_tokens_ce, processes=processes)
     for name, facts in trainer.facts().items():
         hooks = {"hook_name": hook_name} | ({"hook_name_out": target} if target else {})
         row = {"name": name, "lm": cfg.lm} | hooks | facts | measured[name].row

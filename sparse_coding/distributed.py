@@ -1,4 +1,4 @@
-"""One run's training and measuring divided among processes, to the result of one process.
+"""One run's training divided among processes, to the result of one process.
 
     ladder    each process trains some of the SAEs, on the same batches
     data      each trains all of them on its rows of every batch; gradients are averaged
@@ -12,12 +12,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from sparse_coding.config import Parallel, RunConfig
 from sparse_coding.errors import UserError
-from sparse_coding.evaluation import Evaluation, Measured, evaluate
 from sparse_coding.ladder import SAESpec, shares
 from sparse_coding.processes import ALONE, Processes
 from sparse_coding.sae import SAE
@@ -195,17 +193,3 @@ def _feature_dimension(key: str, tensor: Tensor) -> int | None:
 
 
 TRAINERS = {"ladder": LadderTrainer, "data": DataTrainer, "features": FeaturesTrainer}
-
-
-def evaluate_together(
-    processes: Processes,
-    evaluation: Evaluation,
-    saes: dict[str, SAE],
-    mean: Float[Tensor, " d_out"],
-    n_tokens_ce: int,
-) -> dict[str, Measured]:
-    """`evaluate`, each process some of the dictionaries; everybody gets all results."""
-    own = dict(list(saes.items())[processes.rank :: processes.size])
-    measured = evaluate(evaluation, own, mean, n_tokens_ce) if own else {}
-    everybodys = {k: v for one in processes.gathered(measured) for k, v in one.items()}
-    return {name: everybodys[name] for name in saes}
