@@ -8,6 +8,7 @@
 #     python easy_training_base.py --preset offline                   # an evening on a laptop
 #     python easy_training_base.py --preset pythia-70m                # a CUDA box with the hub
 #     python easy_training_base.py --lm gpt2 --hook-name blocks.6.hook_resid_post --ratios 8 32
+#     torchrun --nproc-per-node=4 easy_training_base.py               # divided among processes
 #     python easy_training_base.py --help                             # every setting
 
 # %%
@@ -33,6 +34,7 @@ import sys
 
 from sparse_coding.cache import CachedActivations
 from sparse_coding.checkpoint import StopSignal, load_run, save_run
+from sparse_coding.distributed import make_trainer, share_of_batches
 from sparse_coding.evaluation import Evaluation, density_histogram, evaluate, take_tokens
 from sparse_coding.formats.saelens import save_saelens
 from sparse_coding.harvest import (
@@ -45,6 +47,7 @@ from sparse_coding.harvest import (
 )
 from sparse_coding.ladder import ladder
 from sparse_coding.models import check_hook, check_target_hook, load_lm
+from sparse_coding.processes import leave_to_first, open_processes
 from sparse_coding.reporting import (
     Reporter,
     print_card,
@@ -55,26 +58,29 @@ from sparse_coding.reporting import (
 from sparse_coding.runs import Run, cache_settings, run_settings
 from sparse_coding.splice import Target
 from sparse_coding.text import contexts, load_text, starts_with_bos
-from sparse_coding.training import Trainer, training_config
+from sparse_coding.training import training_config
 
 target = cfg.target_hook_name  # of transcoders, else None
 specs = ladder(cfg.architecture, cfg.ratios, cfg.l1_coeffs, cfg.target_l0, cfg.seed, bool(target))
 print_plan(cfg, specs)
 if cfg.plan:
     sys.exit()
-lm = load_lm(cfg.lm, device=cfg.device, dtype=cfg.dtype)
-for hook_name in cfg.hook_name:
-    check_hook(lm, hook_name)
-if target:
-    check_target_hook(lm, cfg.hook_name, target)
-text = load_text(
-    cfg.text,
-    text_field=cfg.text_field,
-    skip_broken_lines=cfg.skip_broken_lines,
-    heldout_fraction=cfg.heldout_fraction,
-)
-run = Run(cfg, run_settings(cfg, lm=lm.identity, text=text.fingerprint_fields()), str(lm.device))
-print_card(text, lm, cfg.output / "cache")
+processes = open_processes(cfg.device)  # those that torchrun started, each running this script
+with processes.first_before_others():  # what is downloaded or converted, is so once
+    lm = load_lm(cfg.lm, device=cfg.device, dtype=cfg.dtype)
+    for hook_name in cfg.hook_name:
+        check_hook(lm, hook_name)
+    if target:
+        check_target_hook(lm, cfg.hook_name, target)
+    text = load_text(
+        cfg.text,
+        text_field=cfg.text_field,
+        skip_broken_lines=cfg.skip_broken_lines,
+        heldout_fraction=cfg.heldout_fraction,
+    )
+    print_card(text, lm, cfg.output / "cache")
+settings = run_settings(cfg, lm=lm.identity, text=text.fingerprint_fields())
+run = Run(cfg, settings, str(lm.device), processes)
 
 
 def token_batches(split):
@@ -96,7 +102,7 @@ def token_batches(split):
 
 # %%
 run.start()
-rows = Rows(lm, lambda: token_batches("train"), cfg.harvested_hooks)
+rows = Rows(lm, lambda: token_batches("train"), cfg.harvested_hooks, processes)
 if cfg.cache:
     settings = cache_settings(cfg, lm.identity, text.fingerprint_fields())
     cache = harvest_to_cache(rows, cfg.output / "cache", settings, cfg.n_tokens, cfg.cache_dtype)
@@ -126,25 +132,29 @@ for hook_name in cfg.hook_name:
     x = side_by_side(sample, cfg.columns(hook_name))
     prefix = f"{hook_name}/" if len(cfg.hook_name) > 1 else ""
     target_width = sample[target].shape[1] if target else 0
-    trainers[hook_name] = Trainer(specs, training, x, prefix, target_width)
+    trainers[hook_name] = make_trainer(
+        processes, cfg.parallel, specs, training, x, prefix, target_width
+    )
 
 parts = {"source": sources, **trainers}
-step = load_run(run.checkpoints, parts) if cfg.resume else 0
+step = load_run(run.checkpoints, parts, processes) if run.resumes else 0
 run.cut_log(step)
 
-stop = StopSignal()
+sources.take_part(share_of_batches(processes, cfg))
+stop = StopSignal(processes)
 with Reporter(run, n_steps, step) as reporter:
     for batch in itertools.islice(sources, n_steps - step):
         for hook_name, trainer in trainers.items():
             trainer.step(side_by_side(batch, cfg.columns(hook_name)))
         step += 1
+        stopped_by = stop.agreed()
 
         if step % cfg.log_every == 0 or step == n_steps:
             reporter.log([row for trainer in trainers.values() for row in trainer.metrics()])
-        if step % cfg.checkpoint_every == 0 or step == n_steps or stop.name:
-            save_run(run.checkpoints, step, parts, cfg.keep_checkpoints)
-        if stop.name:
-            sys.exit(f"stopped by {stop.name} at step {step} of {n_steps}; go on with --resume")
+        if step % cfg.checkpoint_every == 0 or step == n_steps or stopped_by:
+            save_run(run.checkpoints, step, parts, cfg.keep_checkpoints, processes)
+        if stopped_by:
+            sys.exit(f"stopped by {stopped_by} at step {step} of {n_steps}; go on with --resume")
 stop.restore()
 
 # %% [markdown]
@@ -160,8 +170,8 @@ IDENTITY = ("name", "architecture", "ratio", "l1_coeff", "seed", "hook_name")
 results, densities = [], []
 for hook_name, trainer in trainers.items():
     evaluation = Evaluation(lm, hook_name, heldout, rows.max_norms[hook_name], target=written)
-    saes = trainer.finished_saes()
-    measured = evaluate(evaluation, saes, trainer.raw_mean(), cfg.n_tokens_ce)
+    saes, mean = trainer.finished_saes(), trainer.raw_mean()
+    measured = evaluate(evaluation, saes, mean, cfg.n_tokens_ce, processes=processes)
     for name, facts in trainer.facts().items():
         hooks = {"hook_name": hook_name} | ({"hook_name_out": target} if target else {})
         row = {"name": name, "lm": cfg.lm} | hooks | facts | measured[name].row
@@ -179,8 +189,10 @@ for hook_name, trainer in trainers.items():
             **facts,
         }
         folder, density = run.folder / "saes" / name, n_firings / n_rows
-        save_saelens(saes[name], folder, metadata=metadata, density=density, overwrite=True)
+        if processes.is_first:
+            save_saelens(saes[name], folder, metadata=metadata, density=density, overwrite=True)
 
+leave_to_first(processes)
 run.write_result("summary.json", results)
 run.write_result("results/feature_density.json", densities)
 print_results(results)

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparse_coding.errors import UserError
+from sparse_coding.processes import ALONE, Processes
 from sparse_coding.storage import atomic_path
 
 _PATTERN = re.compile(r"step_(\d{9})\.safetensors")
@@ -102,22 +103,41 @@ class Stateful(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def save_run(folder: Path, step: int, parts: dict[str, Stateful], keep: int) -> Path:
-    """One checkpoint of several parts (trainers, the source), each under its own name."""
+def save_run(
+    folder: Path,
+    step: int,
+    parts: dict[str, Stateful],
+    keep: int,
+    processes: Processes = ALONE,
+) -> Path | None:
+    """One checkpoint of several parts (trainers, the source), each under its own name.
+
+    All processes give their parts' states, the first one writes.
+    """
     tensors = {
         f"{part}|{key}": torch.as_tensor(value)
         for part, stateful in parts.items()
         for key, value in stateful.state_dict().items()
     }
-    return save_checkpoint(folder, step, tensors, keep)
+    path = save_checkpoint(folder, step, tensors, keep) if processes.is_first else None
+    processes.wait()  # torchrun terminates all when one has ended; none may while this is written
+    return path
 
 
-def load_run(folder: Path, parts: dict[str, Stateful]) -> int:
-    """Put every part back into its state of the newest checkpoint; its step, 0 without one."""
+def load_run(folder: Path, parts: dict[str, Stateful], processes: Processes = ALONE) -> int:
+    """Put every part back into its state of the newest checkpoint; its step, 0 without one.
+
+    All processes read the same file, and every part takes what it needs.
+    """
     newest = load_newest_checkpoint(folder)
+    step, tensors = newest or (0, {})
+    if len(set(processes.gathered(step))) > 1:
+        raise UserError(
+            f"the processes do not see the same checkpoints in {folder}: --output must name a "
+            "folder that all machines share"
+        )
     if newest is None:
         return 0
-    step, tensors = newest
     for part, stateful in parts.items():
         prefix = f"{part}|"
         state = {
@@ -135,10 +155,14 @@ def _integer_or_tensor(value: Tensor) -> int | Tensor:
 
 
 class StopSignal:
-    """Remembers SIGINT and SIGTERM, so that a step is finished and saved; a second one kills."""
+    """Remembers SIGINT and SIGTERM, so that a step is finished and saved; a second one kills.
 
-    def __init__(self) -> None:
-        self.name = ""
+    Not so under torchrun, which passes on a signal that its processes may have got themselves,
+    and itself kills what has not ended 30 seconds later.
+    """
+
+    def __init__(self, processes: Processes = ALONE) -> None:
+        self.name, self._processes = "", processes
         self._before = {
             number: signal.signal(number, self._receive)
             for number in (signal.SIGINT, signal.SIGTERM)
@@ -146,7 +170,17 @@ class StopSignal:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.name = signal.Signals(number).name
-        self.restore()
+        if self._processes.is_alone:
+            self.restore()
+
+    def agreed(self) -> str:
+        """The signal that some process has received, "" if none has: the same for all of them.
+
+        Each calls it once a step, so that all stop at the same one.
+        """
+        if self._processes.count(int(bool(self.name))) == 0:
+            return ""
+        return next(filter(None, self._processes.gathered(self.name)))
 
     def restore(self) -> None:
         """Give the signals back to their former handlers."""

@@ -34,6 +34,8 @@ from sparse_coding.settings import (
     read_settings,
 )
 
+Parallel = Literal["ladder", "data", "features"]
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -112,6 +114,10 @@ class RunConfig:
     may be resampled (l1) and learns from AuxK (topk, batch_topk)."""
     step: Literal["auto", "reference"] = "auto"
     """Training step: the fastest exact one for the device, or plain autograd."""
+    parallel: Parallel = "ladder"
+    """What several processes (torchrun) divide: ladder, each trains some of the SAEs; data, each
+    its rows of every batch; features, each holds a part of every SAE. The latter two by autograd.
+    """
 
     # what is measured
     n_tokens_eval: Count = 30_000

@@ -1,5 +1,6 @@
 """The one exception for what a user can mend, and its one-line form on the terminal."""
 
+import os
 import re
 import sys
 from types import TracebackType
@@ -35,7 +36,9 @@ class UserError(ValueError):
 
 def report_user_errors_in_one_line() -> None:
     """Print an uncaught `UserError` as `error: ...` without a traceback; exit status 2, as of
-    arguments that no parser takes."""
+    arguments that no parser takes. Of several processes (torchrun) only the first is heard."""
+    if int(os.environ.get("RANK", "0")) > 0:
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if issubclass(kind, UserError):

@@ -28,6 +28,7 @@ from sparse_coding.metrics import (
     mean_per_row,
 )
 from sparse_coding.models import LanguageModel
+from sparse_coding.processes import ALONE, Processes
 from sparse_coding.splice import Replacement, Target, cross_entropies
 from sparse_coding.text import TokenBatch
 
@@ -285,12 +286,27 @@ def evaluate(
     mean: Float[Tensor, " d_out"],
     n_tokens_ce: int,
     random_error: bool = False,
+    processes: Processes = ALONE,
 ) -> dict[str, Measured]:
     """Held-out numbers of dictionaries of raw activations, by name.
 
     `mean` (d_out) is what mean-ablation writes; it comes from training tokens. `random_error` adds
-    the control of the same name.
+    the control of the same name. Each process measures some of the dictionaries and gets all
+    results.
     """
+    own = dict(list(dictionaries.items())[processes.rank :: processes.size])
+    measured = _measured(evaluation, own, mean, n_tokens_ce, random_error) if own else {}
+    everybodys = {k: v for one in processes.gathered(measured) for k, v in one.items()}
+    return {name: everybodys[name] for name in dictionaries}
+
+
+def _measured(
+    evaluation: Evaluation,
+    dictionaries: dict[str, Dictionary],
+    mean: Float[Tensor, " d_out"],
+    n_tokens_ce: int,
+    random_error: bool,
+) -> dict[str, Measured]:
     sums = evaluation.reconstruction(dictionaries)
     losses = evaluation.losses(dictionaries, mean, n_tokens_ce, random_error)
     weights, weights_ce = (

@@ -29,6 +29,8 @@ from sparse_coding.cache import (
 from sparse_coding.cache_files import damaged_shards, replace_shard
 from sparse_coding.errors import UserError
 from sparse_coding.models import LanguageModel
+from sparse_coding.processes import ALONE, Processes, refuse_unseen
+from sparse_coding.shared_cache import NoWriter, written_by_first
 from sparse_coding.sources import KeyedPermutation, ShuffledRows, ahead
 from sparse_coding.storage import read_json
 from sparse_coding.text import TokenBatch
@@ -125,22 +127,27 @@ class KeptRows(NamedTuple):
 
 
 class Rows:
-    """Kept rows of several hooks, aligned: a row dropped at one hook is dropped at all."""
+    """Kept rows of several hooks, aligned: a row dropped at one hook is dropped at all.
+
+    Several processes take turns in running the model, and all see all rows in the text's order.
+    """
 
     def __init__(
         self,
         lm: LanguageModel,
         make_batches: Callable[[], Iterable[TokenBatch]],
         hook_names: Sequence[str],
+        processes: Processes = ALONE,
     ) -> None:
         self.lm, self.make_batches, self.hook_names = lm, make_batches, hook_names
+        self.processes = processes
         self.n_valid = 0
         self.n_dropped = 0
 
     @cached_property
     def max_norms(self) -> dict[str, float]:
         """Norm limit per hook, measured at the first use unless a cache brought it along."""
-        return measure_max_norms(map(self.see, self.token_batches()))
+        return measure_max_norms(self.seen(self.token_batches()))
 
     def token_batches(self) -> Iterator[TokenBatch]:
         """The text's contexts, once; a thread makes them while the model runs."""
@@ -150,7 +157,7 @@ class Rows:
     def __iter__(self) -> Iterator[KeptRows]:
         """One pass over the text."""
         self.n_valid = self.n_dropped = 0
-        seen = map(self.see, self.token_batches())
+        seen = self.seen(self.token_batches())
         if "max_norms" not in vars(self):
             seen, sample = itertools.tee(seen)  # the limits need no pass of their own
             self.max_norms = measure_max_norms(sample)
@@ -160,6 +167,25 @@ class Rows:
     def see(self, batch: TokenBatch) -> Seen:
         """Run the model on one batch of contexts."""
         return Seen(batch, activations(self.lm, batch.tokens, self.hook_names))
+
+    def seen(self, batches: Iterator[TokenBatch]) -> Iterator[Seen]:
+        """What the hooks hold on each batch; of as many as there are processes each runs one."""
+        while group := list(itertools.islice(batches, self.processes.size)):
+            own = [self.see(batch) for batch in group[self.processes.rank :][:1]]
+            for owner, batch in enumerate(group):
+                is_own = owner == self.processes.rank
+                acts = own[0].acts if is_own else self._empty(batch)
+                yield Seen(batch, {k: self.processes.sent(x, owner) for k, x in acts.items()})
+
+    def _empty(self, batch: TokenBatch) -> dict[str, Tensor]:
+        """Room for what another process sends."""
+        kinds, shape = self._kinds, batch.tokens.shape
+        return {name: x.new_empty(*shape, x.shape[-1]) for name, x in kinds.items()}
+
+    @cached_property
+    def _kinds(self) -> dict[str, Float[Tensor, "1 1 _"]]:
+        """One activation of each hook: its width, dtype and device."""
+        return activations(self.lm, torch.zeros(1, 1, dtype=torch.int64), self.hook_names)
 
     def kept(self, seen: Seen) -> Bool[Tensor, "contexts position"]:
         """Which rows count at every hook, on the CPU."""
@@ -190,21 +216,24 @@ def harvest_to_cache(
     is harvested again, alone. If the text ends early the cache holds what there is, and a line
     says so.
     """
-    folder = cache_folder(root, settings)
-    if (folder / "manifest.json").exists():
+    folder, processes = cache_folder(root, settings), rows.processes
+    if processes.of_first((folder / "manifest.json").exists()):
         return _checked_cache(rows, folder, settings)
     widths = {name: hook_width(rows.lm, name) for name in rows.hook_names}
-    with CacheWriter(root, settings, widths, n_tokens, getattr(torch, dtype)) as writer:
+    layout = root, settings, widths, n_tokens, getattr(torch, dtype)
+    with written_by_first(processes, partial(CacheWriter, *layout), n_tokens) as writer:
         n_done = _fill(writer, rows, writer.n_tokens_done)
         writer.finish(
             {"max_norms": rows.max_norms, "n_valid": rows.n_valid, "n_dropped": rows.n_dropped}
         )
     if n_done < n_tokens:
         print(f"activations: the text ended after {n_done:,} of {n_tokens:,} tokens")
+    processes.wait()
+    refuse_unseen(folder, processes)
     return open_cache(root, settings)
 
 
-def _fill(writer: CacheWriter, rows: Rows, n_skipped: int) -> int:
+def _fill(writer: CacheWriter | NoWriter, rows: Rows, n_skipped: int) -> int:
     """Give the writer its rows, those behind the first `n_skipped`; how many it then has."""
     with tqdm(total=writer.n_tokens, desc="harvest", unit="tok", unit_scale=True) as progress:
         progress.update(writer.n_tokens_done)
@@ -219,7 +248,22 @@ def _fill(writer: CacheWriter, rows: Rows, n_skipped: int) -> int:
 
 
 def _checked_cache(rows: Rows, folder: Path, settings: dict[str, Any]) -> ActivationCache:
-    """The complete cache in a folder, every checksum verified and mended where it must be."""
+    """The complete cache in a folder, every checksum verified and mended where it must be.
+
+    Of several processes the first does it alone.
+    """
+    processes = rows.processes
+    with processes.first_before_others():
+        refuse_unseen(folder, processes)
+        rows.max_norms = read_json(folder / "manifest.json")["extra"]["max_norms"]
+        if processes.is_first:
+            _mend(Rows(rows.lm, rows.make_batches, rows.hook_names), folder, settings)
+    cache = ActivationCache(folder, settings)
+    print(f"activations: {cache.n_tokens:,} tokens are cached in {cache.folder}")
+    return cache
+
+
+def _mend(rows: Rows, folder: Path, settings: dict[str, Any]) -> None:
     manifest = read_json(folder / "manifest.json")
     rows.max_norms = manifest["extra"]["max_norms"]
     for damaged in damaged_shards(folder):
@@ -232,9 +276,6 @@ def _checked_cache(rows: Rows, folder: Path, settings: dict[str, Any]) -> Activa
         ):
             _fill(writer, rows, damaged.first_row)
             replace_shard(folder, damaged, writer.finish({}))
-    cache = ActivationCache(folder, settings)
-    print(f"activations: {cache.n_tokens:,} tokens are cached in {cache.folder}")
-    return cache
 
 
 def _behind(rows: Rows, n_skipped: int) -> Iterator[KeptRows]:
@@ -252,6 +293,11 @@ class AlignedSources:
 
     def __init__(self, sources: dict[str, ShuffledRows]) -> None:
         self.sources = sources
+
+    def take_part(self, part: slice) -> None:
+        """Deliver only these rows of every batch from the next `iter` on."""
+        for source in self.sources.values():
+            source.part = part
 
     @property
     def n_batches(self) -> int | None:
@@ -303,19 +349,25 @@ class StreamingSources:
         self.window = self.n_delivered_in_window = 0
         self.n_token_batches = 0  # consumed before the current window, over all passes
         self._held: Window | None = None
+        self._part = slice(None)
+
+    def take_part(self, part: slice) -> None:
+        """Deliver only these rows of every batch from now on."""
+        self._part = part
 
     def __iter__(self) -> Iterator[dict[str, Float32[Tensor, "batch _"]]]:
         n_held = self._held.n_token_batches if self._holds_current() else 0
-        batches = self._token_batches(self.n_token_batches + n_held)
+        seen = self.rows.seen(self._token_batches(self.n_token_batches + n_held))
         while True:
             if not self._holds_current():
-                self._held = self._fill(batches)
+                self._held = self._fill(seen)
             window = self._held.rows
             n = len(next(iter(window.values())))
             order = KeyedPermutation(n, (self.seed, self.window))
             while (self.n_delivered_in_window + 1) * self.batch_tokens <= n:
                 first = self.n_delivered_in_window * self.batch_tokens
-                chosen = torch.from_numpy(order(np.arange(first, first + self.batch_tokens)))
+                places = np.arange(first, first + self.batch_tokens)[self._part]
+                chosen = torch.from_numpy(order(places))
                 self.n_delivered_in_window += 1
                 yield {name: x[chosen.to(x.device)].float() for name, x in window.items()}
             self.window += 1
@@ -333,11 +385,11 @@ class StreamingSources:
                 else:
                     yield batch
 
-    def _fill(self, batches: Iterator[TokenBatch]) -> Window:
+    def _fill(self, seen: Iterator[Seen]) -> Window:
         parts: dict[str, list[Tensor]] = {name: [] for name in self.rows.hook_names}
         n_rows = n_used = 0
         while n_rows < self.buffer_tokens:
-            acts, tokens, _ = self.rows.keep(self.rows.see(next(batches)))
+            acts, tokens, _ = self.rows.keep(next(seen))
             for name, x in acts.items():
                 parts[name].append(x)
             n_rows += len(tokens)

@@ -26,6 +26,14 @@ class SAESpec(NamedTuple):
         return f"{self.architecture}_x{self.ratio:02d}_{sparsity}_s{self.seed}"
 
 
+def shares(specs: Sequence[SAESpec], n: int) -> list[list[SAESpec]]:
+    """The ladder in n parts of about equal size: the largest first, each to the lightest part."""
+    parts: list[list[SAESpec]] = [[] for _ in range(n)]
+    for spec in sorted(specs, key=lambda spec: -spec.ratio):
+        min(parts, key=lambda part: sum(other.ratio for other in part)).append(spec)
+    return parts
+
+
 def _refuse_unless_l0_is_whole(
     architecture: str, l1_coeffs: Sequence[float], target_l0: Sequence[float]
 ) -> None:

@@ -11,13 +11,13 @@ from typing import Literal, NamedTuple
 import torch
 
 from sparse_coding.cache import cache_bytes
-from sparse_coding.config import RunConfig
+from sparse_coding.config import Parallel, RunConfig
+from sparse_coding.errors import UserError
 from sparse_coding.kernels import FAST_CLASSES
-from sparse_coding.ladder import SAESpec
+from sparse_coding.ladder import SAESpec, shares
 from sparse_coding.models import LMSize, layer_of, size_of
 from sparse_coding.sae import ARCHITECTURES
 from sparse_coding.text import BATCH_CONTEXTS
-from sparse_coding.training import training_bytes
 
 ADAM_BYTES = 28
 """Per parameter and step: weight, gradient and two moments read, all but the gradient written."""
@@ -28,8 +28,6 @@ ACTIVE_BYTES = 20
 EVALUATION_CHUNKS = 2**29
 ASSUMED_L0 = 60.0
 """Where --l1-coeffs leaves it open."""
-
-Parallel = Literal["ladder", "data", "features"]
 
 
 class Rates(NamedTuple):
@@ -125,10 +123,8 @@ class Job:
         specs, d_in, batch = self.specs, self.lm.d_model, self.batch_tokens
         share = 1
         if self.parallel == "ladder":
-            specs = max(
-                (specs[rank :: self.n_processes] for rank in range(self.n_processes)),
-                key=lambda some: sum(spec.ratio for spec in some),
-            )
+            parts = shares(specs, self.n_processes)
+            specs = max(parts, key=lambda part: sum(spec.ratio for spec in part))
         elif self.parallel == "data":
             batch = -(-batch // self.n_processes)
         else:
@@ -218,10 +214,52 @@ class Job:
         return GPU
 
 
-def job_of(cfg: RunConfig, specs: Sequence[SAESpec]) -> Job:
+def training_bytes(
+    specs: Sequence[SAESpec],
+    d_in: int,
+    batch_tokens: int,
+    step: Literal["cpu", "cuda", "autograd"],
+) -> int:
+    """About what training a ladder takes at its peak: weights, Adam, gradients, one step's arrays.
+
+    An upper estimate. The fast steps hold one SAE's two gradients and a rounded encoder at a time,
+    and chunks of fixed size beside them (on a GPU not measured); autograd every SAE's gradients
+    and some six (batch, d_sae) arrays.
+    """
+    n_parameters = [2 * spec.ratio * d_in * d_in for spec in specs]
+    largest = max(spec.ratio * d_in for spec in specs)
+    if step == "autograd":
+        return 16 * sum(n_parameters) + 24 * batch_tokens * largest
+    return 12 * sum(n_parameters) + 6 * max(n_parameters) + {"cpu": 2**28, "cuda": 2**31}[step]
+
+
+def check_division(job: Job) -> None:
+    """`UserError` if the run cannot be divided among so many processes in that way."""
+    n, way = job.n_processes, f"--parallel {job.parallel}"
+    if job.parallel == "ladder" and n > len(job.specs):
+        raise UserError(
+            f"{way} gives each process SAEs of its own, and {len(job.specs)} cannot be given to "
+            f"{n} processes; start fewer, train more, or choose --parallel data or features"
+        )
+    if job.parallel == "data" and job.batch_tokens % n:
+        raise UserError(
+            f"{way} gives each process an equal share of a batch, and --batch-tokens "
+            f"{job.batch_tokens} is not divisible by {n} processes; change either"
+        )
+    for spec in job.specs:
+        if job.parallel == "features" and spec.ratio * job.lm.d_model % n:
+            raise UserError(
+                f"{way} gives each process an equal share of the features, and the "
+                f"{spec.ratio * job.lm.d_model} of --ratios {spec.ratio} are not divisible by {n} "
+                "processes; change either"
+            )
+
+
+def job_of(cfg: RunConfig, specs: Sequence[SAESpec], n_processes: int = 1) -> Job:
     """The run of a configuration; `UserError` if its model or a hook does not exist."""
     lm = size_of(cfg.lm, device=cfg.device, dtype=cfg.dtype)
     has_kernels = all(ARCHITECTURES[spec.architecture] in FAST_CLASSES for spec in specs)
+    has_kernels = has_kernels and (n_processes == 1 or cfg.parallel == "ladder")
     return Job(
         lm,
         len(cfg.hook_name),
@@ -235,6 +273,8 @@ def job_of(cfg: RunConfig, specs: Sequence[SAESpec]) -> Job:
         has_kernels and cfg.step == "auto" and lm.device.type in ("cpu", "cuda"),
         cfg.keep_checkpoints,
         0 if cfg.cache else cfg.buffer_tokens,
+        n_processes,
+        cfg.parallel,
         n_targets=len(cfg.harvested_hooks) - len(cfg.hook_name),
     )
 

@@ -16,7 +16,8 @@ from sparse_coding.evaluation import Firing
 from sparse_coding.ladder import SAESpec
 from sparse_coding.metrics import dead_upper_bound
 from sparse_coding.models import LanguageModel
-from sparse_coding.planning import Job, job_of, measure_rates
+from sparse_coding.planning import Job, check_division, job_of, measure_rates
+from sparse_coding.processes import n_processes, n_processes_here
 from sparse_coding.runs import Run, check_disk, check_memory, run_folder
 from sparse_coding.storage import fingerprint, read_json, write_json
 from sparse_coding.text import Card, CardRow, Text, Tokenizer
@@ -187,7 +188,9 @@ def print_card(text: Text, lm: LanguageModel, folder: Path) -> None:
 
 def print_plan(cfg: RunConfig, specs: list[SAESpec]) -> None:
     """What is about to happen, before anything is loaded; `UserError` if it does not fit here."""
-    job, target = job_of(cfg, specs), cfg.target_hook_name
+    job, target = job_of(cfg, specs, n_processes()), cfg.target_hook_name
+    check_division(job)
+    n_here = n_processes_here() if job.lm.device.type == "cpu" else 1
     lm, gb = job.lm, "{:,.2f} GB".format
     dtype = str(lm.dtype).removeprefix("torch.")
     disk = job.disk_bytes if cfg.plan else job.disk_bytes - job.cache_bytes  # may be there already
@@ -207,12 +210,14 @@ def print_plan(cfg: RunConfig, specs: list[SAESpec]) -> None:
         f"{gb(job.checkpoint_bytes / 1e9)} of checkpoints, {gb(job.sae_bytes / 1e9)} of SAEs",
         "output": str(run_folder(cfg)),
     }
+    if job.n_processes > 1:
+        lines["parallel"] = f"{cfg.parallel}, {job.n_processes} processes of that memory each"
     if cfg.plan:
         lines |= _work(job)
     for key, value in lines.items():
         print(f"{key:>8}  {value}")
     fewer = "train fewer or smaller SAEs at once (--ratios, --target-l0, --seed, --hook-name)"
-    check_memory(job.memory_bytes, lm.device, "the run", fewer)
+    check_memory(n_here * job.memory_bytes, lm.device, "the run", fewer)
     check_disk(disk, run_folder(cfg), f"harvest fewer tokens, stream them (--no-cache) or {fewer}")
 
 

@@ -14,6 +14,7 @@ import torch
 
 from sparse_coding.config import RunConfig, as_json, environment
 from sparse_coding.errors import UserError
+from sparse_coding.processes import ALONE, Processes, is_restart, refuse_unseen
 from sparse_coding.storage import (
     atomic_path,
     disk_errors_in_one_line,
@@ -25,7 +26,7 @@ from sparse_coding.storage import (
 # Settings that a resumed run may change: they do not influence what is learnt.
 FREE_TO_CHANGE = {
     "preset", "plan", "resume", "overwrite", "output", "log_every", "checkpoint_every",
-    "keep_checkpoints", "tensorboard", "wandb", "n_tokens_eval", "n_tokens_ce",
+    "keep_checkpoints", "tensorboard", "wandb", "n_tokens_eval", "n_tokens_ce", "parallel",
 }  # fmt: skip
 
 
@@ -37,20 +38,33 @@ class Run:
     """The folder `outputs/runs/NAME`.
 
     Made without touching the disk: a folder that stands in the way is refused at once. `start`
-    then creates, replaces or continues it, and locks it against other processes.
+    then creates, replaces or continues it, and locks it against other runs. Of several processes
+    the first does so for all. A run that torchrun starts again continues by itself.
     """
 
-    def __init__(self, cfg: RunConfig, settings: dict[str, Any], device: str) -> None:
-        self.cfg, self.settings = cfg, settings
+    def __init__(
+        self,
+        cfg: RunConfig,
+        settings: dict[str, Any],
+        device: str,
+        processes: Processes = ALONE,
+    ) -> None:
+        self.cfg, self.settings, self.processes = cfg, settings, processes
         self.environment = environment(device)
         self.folder = run_folder(cfg)
-        is_run = (self.folder / CONFIG).is_file()
+        is_again = is_restart() and (self.folder / CONFIG).is_file() and not self._other_settings()
+        self.resumes = processes.of_first(cfg.resume or is_again)
+        if processes.is_first:
+            self._refuse_what_is_in_the_way()
+
+    def _refuse_what_is_in_the_way(self) -> None:
+        is_run, cfg = (self.folder / CONFIG).is_file(), self.cfg
         is_used = self.folder.exists() and any(
             not path.name.startswith(".") for path in self.folder.iterdir()
         )  # a run that was killed before it wrote its configuration leaves a lock
-        if cfg.resume and not is_run:
+        if self.resumes and not is_run:
             raise UserError(f"--resume: {self.folder} holds no run; there is nothing to continue")
-        if cfg.resume:
+        if self.resumes:
             self._refuse_other_settings()
         elif is_used and not cfg.overwrite:
             raise UserError(
@@ -62,11 +76,17 @@ class Run:
 
     def start(self) -> None:
         """Lock the folder; empty it and write config.json unless the run is resumed."""
+        if self.processes.is_first:
+            self._prepare()
+        self.processes.wait()
+        refuse_unseen(self.folder / CONFIG, self.processes)
+
+    def _prepare(self) -> None:
         with disk_errors_in_one_line(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock()
         remove_abandoned(self.folder)
-        if self.cfg.resume:
+        if self.resumes:
             return
         for path in self.folder.iterdir():
             if path.is_dir():
@@ -75,14 +95,17 @@ class Run:
                 path.unlink()
         self.write(CONFIG, {"config": self.settings, "environment": self.environment})
 
-    def _refuse_other_settings(self) -> None:
+    def _other_settings(self) -> dict[str, Any]:
+        """Those of the run in the folder that differ from ours, as they are there."""
         before = read_object(self.folder / CONFIG, "config")["config"]
-        keys = (before.keys() | self.settings.keys()) - FREE_TO_CHANGE
-        different = sorted(key for key in keys if before.get(key) != self.settings.get(key))
-        if different:
-            key = different[0]
+        keys = sorted((before.keys() | self.settings.keys()) - FREE_TO_CHANGE)
+        return {k: before.get(k) for k in keys if before.get(k) != self.settings.get(k)}
+
+    def _refuse_other_settings(self) -> None:
+        different = self._other_settings()
+        for key, value in different.items():
             raise UserError(
-                f"--resume: {self.folder} was begun with {key} = {before.get(key)}, not "
+                f"--resume: {self.folder} was begun with {key} = {value}, not "
                 f"{self.settings.get(key)} ({len(different)} settings differ); repeat its settings"
             )
 
@@ -114,6 +137,8 @@ class Run:
 
     def log(self, rows: Iterable[dict[str, Any]]) -> None:
         """Append lines to metrics.jsonl; on the disk before any checkpoint of a later moment."""
+        if not self.processes.is_first:
+            return
         with (
             disk_errors_in_one_line(self.metrics),
             open(self.metrics, "a", encoding="utf-8") as file,
@@ -124,7 +149,7 @@ class Run:
 
     def cut_log(self, n_steps: int) -> None:
         """Remove the lines after a step, and a half-written last one: they will come again."""
-        if not self.metrics.exists():
+        if not (self.processes.is_first and self.metrics.exists()):
             return
         lines = self.metrics.read_bytes().splitlines(keepends=True)
         try:

@@ -81,6 +81,8 @@ class ShuffledRows(ActivationSource):
         self.n_rows, self.d_in, self.batch_tokens, self.seed = n_rows, d_in, batch_tokens, seed
         self.n_batches = None if n_epochs is None else n_epochs * n_rows // batch_tokens
         self.n_delivered = 0
+        self.part = slice(None)
+        """Which rows of each batch are delivered; the position is that of whole batches."""
 
     @abstractmethod
     def load(self, numbers: Iterable[int]) -> Iterator[Float32[Tensor, "batch d_in"]]:
@@ -96,7 +98,7 @@ class ShuffledRows(ActivationSource):
 
     def indices(self, number: int) -> Int64[np.ndarray, " batch"]:
         """Which rows batch `number`, counted from 0 over all epochs, has; in its order."""
-        places = np.arange(self.batch_tokens) + number * self.batch_tokens
+        places = np.arange(self.batch_tokens)[self.part] + number * self.batch_tokens
         epochs = places // self.n_rows
         rows = np.empty_like(places)
         for epoch in range(epochs[0], epochs[-1] + 1):

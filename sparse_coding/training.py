@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -22,6 +22,7 @@ from sparse_coding.errors import UserError
 from sparse_coding.kernels import StepStatistics, make_adam, make_step, set_lr
 from sparse_coding.l0_controller import L0Controller
 from sparse_coding.ladder import SAESpec
+from sparse_coding.processes import ALONE, Processes
 from sparse_coding.sae import ARCHITECTURES, SAE
 
 
@@ -92,10 +93,10 @@ class Lane:
         dead = None if self.dead is None else self.dead.at(n_steps_done)
         l1_coeff = self.l1_coeff(self.cfg.sparsity_at(n_steps_done))
         statistics = self.run_step(x, l1_coeff, dead)
-        self._count(statistics, len(x))
+        self._count(statistics, len(x) * self.sae.rows.size)
 
     def _count(self, statistics: StepStatistics, batch_tokens: int) -> None:
-        l0 = statistics.n_active.sum() / batch_tokens
+        l0 = self.sae.features.reduced(statistics.n_active.sum()) / batch_tokens
         if self.controller is not None:
             self.controller.update(l0)
         self.sums += torch.stack([statistics.mse, statistics.penalty, l0])
@@ -117,22 +118,25 @@ class Lane:
         silent_tokens = self.cfg.resample_interval // 2 * self.cfg.batch_tokens
         # In a short run half an interval is too few tokens to call a rare feature dead.
         dead = self.tokens_since_fired >= max(silent_tokens, self.cfg.dead_after_tokens)
-        features = dead.nonzero().flatten()
-        if len(features) == 0 or len(features) == self.sae.d_sae:
+        sae, features = self.sae, dead.nonzero().flatten()
+        everywhere = sae.features.joined(dead)
+        n_dead = int(everywhere.sum())
+        if n_dead == 0 or n_dead == len(everywhere):
             return
-        sae = self.sae
         x, target = sae.split(pool)
         parts = zip(x.split(1024), target.split(1024), strict=True)
         loss = torch.cat([(y - sae(x)).square().sum(dim=1) for x, y in parts])
         generator = torch.Generator().manual_seed(1_000_003 * self.spec.seed + step)
-        repeats = len(features) > len(pool)
+        repeats = n_dead > len(pool)
         chosen = torch.multinomial(
-            loss.square().cpu(), len(features), replacement=repeats, generator=generator
+            loss.square().cpu(), n_dead, replacement=repeats, generator=generator
         )
-        chosen = chosen.to(pool.device)
+        n_before = int(everywhere[: sae.features.rank * sae.d_sae].sum())
+        chosen = chosen[n_before:][: len(features)].to(pool.device)
         centre = x.mean(dim=0) if sae.is_transcoder else sae.b_dec
         read, written = _unit_rows(x[chosen] - centre), _unit_rows(target[chosen] - sae.b_dec)
-        alive_norm = sae.W_enc.norm(dim=0)[~dead].mean()
+        alive_norms = sae.features.reduced(sae.W_enc.norm(dim=0)[~dead].sum())
+        alive_norm = alive_norms / (len(everywhere) - n_dead)
         sae.W_dec[features] = written
         sae.W_enc[:, features] = 0.2 * alive_norm * read.T
         sae.b_enc[features] = -centre @ sae.W_enc[:, features] if sae.is_transcoder else 0.0
@@ -164,7 +168,7 @@ class Lane:
             "penalty": penalty,
             "l1_coeff": self.l1_coeff(self.cfg.sparsity_at(step - 1)).item(),
             "lr": self.optimizer.param_groups[0]["lr"],
-            "dead_fraction": dead.float().mean().item(),
+            "dead_fraction": self.sae.features.joined(dead).float().mean().item(),
         }
 
     def tensors(self) -> dict[str, Tensor]:
@@ -197,6 +201,8 @@ class Trainer:
     """
 
     pool_tokens = 16_384  # inputs among which resampling looks for badly reconstructed ones
+    rows: Processes = ALONE
+    """Those that train the same SAEs on the other rows of each batch."""
 
     def __init__(
         self,
@@ -217,7 +223,8 @@ class Trainer:
         self._set_scales([_scale(part) for part in sample.split(self.widths, dim=1)], sample)
         sample = sample * self.column_scales
         self.mean = sample.mean(dim=0)
-        self.lanes = [self._make_lane(prefix, spec, sample) for spec in specs]
+        self.resamples = any(ARCHITECTURES[spec.architecture].resamples_dead for spec in specs)
+        self.lanes = [self._make_lane(prefix, spec, sample) for spec in self.own(specs)]
         self.n_steps_done = 0
         dtype = accumulator_dtype(sample.device)
         self.variance_sum = torch.zeros((), dtype=dtype, device=sample.device)
@@ -231,7 +238,14 @@ class Trainer:
         parts = [like.new_full((w,), s) for w, s in zip(self.widths, scales, strict=True)]
         self.column_scales = torch.cat(parts)
 
-    def _make_lane(self, prefix: str, spec: SAESpec, sample: Float[Tensor, "n columns"]) -> Lane:
+    def own(self, specs: list[SAESpec]) -> list[SAESpec]:
+        """Those of the SAEs that this process trains."""
+        return specs
+
+    def divide(self, sae: SAE) -> None:
+        """Leave to other processes what is theirs of a new SAE."""
+
+    def _make_sae(self, spec: SAESpec) -> SAE:
         generator = torch.Generator().manual_seed(spec.seed)
         d_in = self.widths[0]
         cls = ARCHITECTURES[spec.architecture]
@@ -239,11 +253,15 @@ class Trainer:
         sae = cls(d_in, spec.ratio * d_in, generator, **k)
         if self.target_width:
             sae.retarget(self.target_width, generator)
-        sae = sae.to(sample.device)
+        return sae.to(self.column_scales.device)
+
+    def _make_lane(self, prefix: str, spec: SAESpec, sample: Float[Tensor, "n columns"]) -> Lane:
+        sae = self._make_sae(spec)
         if self.target_width:
             sae.initialise_decoder(sample)
         sae.initialise_centre(self.mean)
         sae.initialise_sparsity(sample, self.cfg.initial_l0)
+        self.divide(sae)
         return Lane(prefix + spec.name, spec, sae, self.cfg)
 
     def step(self, x: Float[Tensor, "batch columns"]) -> None:
@@ -257,14 +275,14 @@ class Trainer:
         self._note_bad_rows(square.sum(dim=1))
         for lane in self.lanes:
             lane.step(x, self.n_steps_done)
-        self.variance_sum += self._target(square).sum(dim=1).mean()
+        self.variance_sum += self.rows.mean(self._target(square).sum(dim=1).mean())
         self.n_steps_summed += 1
         self.n_steps_done += 1
         self._resample_when_due(x)
 
     def _note_bad_rows(self, square_norm: Float[Tensor, " batch"]) -> None:
         is_bad = ~square_norm.isfinite()
-        row = is_bad.int().argmax()
+        row = is_bad.int().argmax() + self.rows.rank * len(is_bad)
         here = torch.stack([torch.full_like(row, self.n_steps_done), row])
         is_first = is_bad.any() & (self.first_bad[0] < 0)
         self.first_bad.copy_(torch.where(is_first, here, self.first_bad))
@@ -284,11 +302,12 @@ class Trainer:
     def _resample_when_due(self, x: Float[Tensor, "batch d_in"]) -> None:
         interval = self.cfg.resample_interval
         lanes = [lane for lane in self.lanes if lane.sae.resamples_dead]
-        if not lanes or not interval or self.n_steps_done > self.cfg.n_resamples * interval:
+        is_over = self.n_steps_done > self.cfg.n_resamples * interval
+        if not self.resamples or not interval or is_over:
             return
         n_until_due = -self.n_steps_done % interval
         if n_until_due * self.cfg.batch_tokens < self.pool_tokens:
-            self.pool.append(x)
+            self.pool.append(self.rows.joined(x))
         if n_until_due == 0:
             pool = torch.cat(self.pool)
             self.pool.clear()
@@ -318,7 +337,7 @@ class Trainer:
                 "architecture": lane.spec.architecture,
                 "ratio": lane.spec.ratio,
                 "d_in": lane.sae.d_in,
-                "d_sae": lane.sae.d_sae,
+                "d_sae": lane.sae.d_sae * lane.sae.features.size,
                 "l1_coeff": lane.l1_coeff(1.0).item(),
                 "target_l0": lane.spec.target_l0,
                 "seed": lane.spec.seed,
@@ -338,13 +357,19 @@ class Trainer:
     @torch.no_grad()
     def finished_saes(self) -> dict[str, SAE]:
         """Copies of the SAEs for raw activations (`SAE.fold_scale`), by name."""
-        saes = {lane.name: copy.deepcopy(lane.sae) for lane in self.lanes}
-        for sae in saes.values():
-            (sae.fold_scales if self.target_width else sae.fold_scale)(*self.scales)
-        return saes
+        return {lane.name: self.folded(copy.deepcopy(lane.sae)) for lane in self.lanes}
+
+    def folded(self, sae: SAE) -> SAE:
+        """The same SAE, rewritten to take raw activations."""
+        (sae.fold_scales if self.target_width else sae.fold_scale)(*self.scales)
+        return sae
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that the rest of the run depends on, as named tensors."""
+        return self.own_state()
+
+    def own_state(self) -> dict[str, Tensor]:
+        """What this process holds of it."""
         self._refuse_bad_rows()
         state = {
             "n_steps_done": torch.tensor(self.n_steps_done),
@@ -362,7 +387,7 @@ class Trainer:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, int | Tensor]) -> None:
         """Continue from `state_dict()` of a trainer with the same SAEs and configuration."""
-        own = _kinds(self.state_dict() | {"pool": self.mean[None]})
+        own = _kinds(self.own_state() | {"pool": self.mean[None]})
         given = _kinds({"pool": self.mean[None]} | state)
         different = sorted(key for key in own | given if own.get(key) != given.get(key))
         for key in different[:1]:
@@ -399,25 +424,6 @@ def _scale(sample: Float[Tensor, "n d"]) -> float:
             "and finite: look at the model, its dtype and the hook"
         )
     return (sample.shape[1] / mean_square_norm) ** 0.5
-
-
-def training_bytes(
-    specs: Sequence[SAESpec],
-    d_in: int,
-    batch_tokens: int,
-    step: Literal["cpu", "cuda", "autograd"],
-) -> int:
-    """About what training a ladder takes at its peak: weights, Adam, gradients, one step's arrays.
-
-    An upper estimate. The fast steps hold one SAE's two gradients and a rounded encoder at a time,
-    and chunks of fixed size beside them (on a GPU not measured); autograd every SAE's gradients
-    and some six (batch, d_sae) arrays.
-    """
-    n_parameters = [2 * spec.ratio * d_in * d_in for spec in specs]
-    largest = max(spec.ratio * d_in for spec in specs)
-    if step == "autograd":
-        return 16 * sum(n_parameters) + 24 * batch_tokens * largest
-    return 12 * sum(n_parameters) + 6 * max(n_parameters) + {"cpu": 2**28, "cuda": 2**31}[step]
 
 
 def training_config(cfg: RunConfig, n_steps: int) -> TrainingConfig:

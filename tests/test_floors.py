@@ -27,7 +27,7 @@ FLOORS = {
     # mathematics and arrays
     1: """sae saes l0_controller dead_features baselines toy kernels metrics polysemanticity
         unit_activity token_information context_clusters probing consistency sources cache
-        cache_files""",
+        cache_files shared_cache processes""",
     # foreign worlds: language models, texts, other libraries' names
     2: """harvest models builtin_text text_files text splice examples formats concepts
         concept_sources token_tags descriptions intruders judge""",

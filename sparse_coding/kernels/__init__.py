@@ -98,7 +98,8 @@ def make_step(sae: SAE, optimizer: torch.optim.Adam, kind: str = "auto") -> Step
     if kind not in ("auto", "reference"):
         raise UserError(f"--step {kind} is unknown; it must be auto or reference")
     device = sae.W_dec.device
-    if kind == "reference" or device.type not in ("cpu", "cuda"):
+    is_shared = not (sae.rows.is_alone and sae.features.is_alone)
+    if kind == "reference" or is_shared or device.type not in ("cpu", "cuda"):
         return ReferenceStep(sae, optimizer)
     package = {"cpu": "numba", "cuda": "triton"}[device.type]
     if importlib.util.find_spec(package) is None:

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sparse_coding.dictionary import Dictionary
+from sparse_coding.processes import ALONE, Processes
 
 
 class Loss(NamedTuple):
@@ -39,6 +40,10 @@ class SAE(Dictionary):
     """Whether L0 is a number `k` of the class instead of what a coefficient leads to."""
     lr_factors: ClassVar[dict[str, float]] = {}
     """Parameters that learn at a multiple of the learning rate."""
+    rows: Processes = ALONE
+    """Those that train this SAE on the other rows of each batch."""
+    features: Processes = ALONE
+    """Those that hold its other features (`keep_share`)."""
 
     def __init__(self, d_in: int, d_sae: int, generator: torch.Generator | None = None) -> None:
         super().__init__()
@@ -51,14 +56,14 @@ class SAE(Dictionary):
 
     def pre_activations(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """What the ReLU sees; linear in x."""
-        centred = x - self.b_dec if self.subtracts_b_dec else x
+        centred = x - self.features.shared(self.b_dec) if self.subtracts_b_dec else x
         return centred @ self.W_enc + self.b_enc
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         return torch.relu(self.pre_activations(x))
 
     def decode(self, f: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_out"]:
-        return f @ self.W_dec + self.b_dec
+        return self.features.total(f @ self.W_dec) + self.b_dec
 
     def retarget(self, d_out: int, generator: torch.Generator | None = None) -> None:
         """Become a transcoder: what is decoded is not x but `target`, activations elsewhere.
@@ -114,7 +119,7 @@ class SAE(Dictionary):
 
     def sparsity(self, f: Float[Tensor, "batch d_sae"]) -> Float[Tensor, " batch"]:
         """The L1 penalty per row; decoder rows have unit norm unless a subclass says otherwise."""
-        return f.sum(dim=1)
+        return self.features.total(f.sum(dim=1))
 
     @torch.no_grad()
     def initialise_decoder(self, rows: Float[Tensor, "batch columns"]) -> None:
@@ -154,7 +159,7 @@ class SAE(Dictionary):
         x, _ = self.split(rows)
         if features is None:
             features = torch.arange(self.d_sae, device=x.device)
-        n_firing = max(1, round(len(x) * l0 / self.d_sae))
+        n_firing = max(1, round(len(x) * l0 / (self.d_sae * self.features.size)))
         if n_firing >= len(x):
             return
         centred = x - self.b_dec if self.subtracts_b_dec else x
@@ -168,6 +173,21 @@ class SAE(Dictionary):
     def _silence(self, features: Int[Tensor, " chosen"], pre: Float[Tensor, " chosen"]) -> None:
         """Make features silent up to these pre-activations; never make one fire more."""
         self.b_enc[features] -= pre.clamp(min=0)
+
+    @torch.no_grad()
+    def keep_share(self, processes: Processes) -> None:
+        """Keep this process's part of the features, whole as they are; the others keep theirs.
+
+        From here on `encode` gives the features held here, `decode` and `loss` what all make up
+        together; all call them alike.
+        """
+        self.features, own = processes, processes.share(self.d_sae)
+        for name, parameter in self.named_parameters():
+            dim = feature_dimension(name)
+            if dim is not None:
+                part = parameter[:, own].T.clone().T if dim else parameter[own].clone()
+                setattr(self, name, nn.Parameter(part))
+        self.d_sae = own.stop - own.start
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -212,6 +232,11 @@ class SAE(Dictionary):
         """
         self.W_enc *= scale / target_scale
         self.fold_scale(target_scale)
+
+
+def feature_dimension(name: str) -> int | None:
+    """Along which dimension a parameter has one entry per feature; None: it is not theirs."""
+    return {"b_dec": None, "W_enc": 1}.get(name, 0)
 
 
 class UntiedSAE(SAE):

@@ -47,9 +47,9 @@ class GatedSAE(UntiedSAE):
         gate = self.pre_activations(x)
         f, opening = self._gated(gate), torch.relu(gate)
         mse = (target - self.decode(f)).square().sum(dim=1).mean()
-        frozen = opening @ self.W_dec.detach() + self.b_dec.detach()
+        frozen = self.features.total(opening @ self.W_dec.detach()) + self.b_dec.detach()
         gate_mse = (target - frozen).square().sum(dim=1).mean()
-        penalty = opening.sum(dim=1).mean()
+        penalty = self.features.total(opening.sum(dim=1)).mean()
         return Loss(mse + gate_mse + l1_coeff * penalty, mse, penalty, f)
 
     @torch.no_grad()

@@ -49,7 +49,7 @@ class JumpReLUSAE(UntiedSAE):
         x, target = self.split(rows)
         f, is_active = JumpReLU.apply(self.pre_activations(x), self.threshold, self.bandwidth)
         mse = (target - self.decode(f)).square().sum(dim=1).mean()
-        l0 = is_active.sum(dim=1).mean()
+        l0 = self.rows.mean(self.features.total(is_active.sum(dim=1)).mean())
         return Loss(mse + l1_coeff * l0, mse, l0, f)
 
     def _silence(self, features: Int[Tensor, " chosen"], pre: Float[Tensor, " chosen"]) -> None:

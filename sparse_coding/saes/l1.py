@@ -75,13 +75,14 @@ class PAnnealSAE(L1SAE):
     def sparsity(self, f: Float[Tensor, "batch d_sae"]) -> Float[Tensor, " batch"]:
         """The scaled sum of f^p per row; silent entries, where its slope is infinite, get none."""
         is_active = f > 0
-        return self.scale * (f.where(is_active, 1.0).pow(self.p) * is_active).sum(dim=1)
+        powers = f.where(is_active, 1.0).pow(self.p) * is_active
+        return self.scale * self.features.total(powers.sum(dim=1))
 
     @torch.no_grad()
     def observe(self, f: Float[Tensor, "batch d_sae"]) -> None:
         if self._next_p != self.p:
-            before, self.p = self.sparsity(f).sum(), self._next_p
-            after = self.sparsity(f).sum()
+            before, self.p = self.rows.reduced(self.sparsity(f).sum()), self._next_p
+            after = self.rows.reduced(self.sparsity(f).sum())
             self.scale.copy_(torch.where(after > 0, self.scale * before / after, self.scale))
 
 
@@ -104,4 +105,4 @@ class NormWeightedL1SAE(UntiedSAE):
     has_unit_norm_rows = False
 
     def sparsity(self, f: Float[Tensor, "batch d_sae"]) -> Float[Tensor, " batch"]:
-        return f @ self.W_dec.norm(dim=1)
+        return self.features.total(f @ self.W_dec.norm(dim=1))

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sparse_coding.processes import Processes
 from sparse_coding.saes.topk import BatchTopKSAE
 
 
@@ -41,11 +42,17 @@ class MatryoshkaSAE(BatchTopKSAE):
     def settings(self) -> dict[str, Any]:
         return super().settings | {"prefixes": self.prefixes}
 
+    def keep_share(self, processes: Processes) -> None:
+        first, last = processes.share(self.d_sae).start, processes.share(self.d_sae).stop
+        super().keep_share(processes)
+        self.prefixes = tuple(min(max(m, first), last) - first for m in self.prefixes)
+
     def errors(
         self, target: Float[Tensor, "batch d_out"], f: Float[Tensor, "batch d_sae"]
     ) -> list[Float[Tensor, "batch d_out"]]:
         """Of each prefix."""
         errors = [target - self.b_dec]
         for first, last in zip((0, *self.prefixes), self.prefixes, strict=False):
-            errors.append(errors[-1] - f[:, first:last] @ self.W_dec[first:last])
+            part = f[:, first:last] @ self.W_dec[first:last]
+            errors.append(errors[-1] - self.features.total(part))
         return errors[1:]

@@ -5,7 +5,9 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 
+from sparse_coding.processes import ALONE, Processes
 from sparse_coding.saes.base import Loss, UntiedSAE
 
 
@@ -34,11 +36,11 @@ class TopKSAE(UntiedSAE):
         self.k = min(k, d_sae)
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        return keep_largest(self.pre_activations(x), self.k)
+        return keep_largest(self.pre_activations(x), self.k, self.features)
 
     def select(self, pre: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_sae"]:
         """Which activations a training step keeps."""
-        return keep_largest(pre, self.k)
+        return keep_largest(pre, self.k, self.features)
 
     def loss(
         self,
@@ -68,10 +70,12 @@ class TopKSAE(UntiedSAE):
         dead: Int[Tensor, " n_dead"] | None,
     ) -> Float[Tensor, ""]:
         """AuxK: what the dead features leave of the error, squared, mean over the batch."""
-        if dead is None or len(dead) == 0:
+        n_dead = 0 if dead is None else self.features.count(len(dead))
+        if n_dead == 0:
             return torch.zeros_like(error[0, 0])
-        f_dead = keep_largest(pre[:, dead], min(self.n_aux, len(dead)))
-        return (error.detach() - f_dead @ self.W_dec[dead]).square().sum(dim=1).mean()
+        f_dead = keep_largest(pre[:, dead], min(self.n_aux, n_dead), self.features)
+        revived = self.features.total(f_dead @ self.W_dec[dead])
+        return (error.detach() - revived).square().sum(dim=1).mean()
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -80,7 +84,7 @@ class TopKSAE(UntiedSAE):
     @property
     def n_aux(self) -> int:
         """How many dead features AuxK may use per token: d_in / 2 (appendix A.2)."""
-        return min(max(1, self.d_in // 2), self.d_sae)
+        return min(max(1, self.d_in // 2), self.d_sae * self.features.size)
 
     def initialise_sparsity(
         self,
@@ -117,13 +121,16 @@ class BatchTopKSAE(TopKSAE):
 
     def select(self, pre: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_sae"]:
         """Which activations a training step keeps."""
-        return keep_largest(pre.flatten(), self.k * len(pre)).view_as(pre)
+        others = self.rows if self.features.is_alone else self.features
+        n_kept = self.k * len(pre) * self.rows.size
+        return keep_largest(pre.flatten(), n_kept, others).view_as(pre)
 
     @torch.no_grad()
     def observe(self, f: Float[Tensor, "..."]) -> None:
-        if f.numel() == 0:
+        others = self.rows if self.features.is_alone else self.features
+        if f.numel() == 0 and others.is_alone:
             return
-        smallest = torch.where(f > 0, f, torch.inf).min()
+        smallest = others.reduced(torch.where(f > 0, f, torch.inf).min(), "min")
         later = torch.where(self.threshold > 0, self.threshold.lerp(smallest, 0.1), smallest)
         self.threshold.copy_(torch.where(smallest.isfinite(), later, self.threshold))
 
@@ -133,8 +140,19 @@ class BatchTopKSAE(TopKSAE):
         self.threshold /= scale
 
 
-def keep_largest(pre: Float[Tensor, "*batch n"], k: int) -> Float[Tensor, "*batch n"]:
-    """relu(pre) at the k largest entries of each row, 0 elsewhere."""
+def keep_largest(
+    pre: Float[Tensor, "*batch n"], k: int, others: Processes = ALONE
+) -> Float[Tensor, "*batch n"]:
+    """relu(pre) at the k largest entries of each row, 0 elsewhere.
+
+    Of a row that lies over several processes each keeps what is at or above the k-th largest of
+    all: one more where that one is tied.
+    """
+    if not others.is_alone:
+        n = min(k, pre.shape[-1])
+        largest = functional.pad(pre.topk(n, dim=-1).values, (0, k - n), value=-torch.inf)
+        level = others.joined(largest, dim=-1).topk(k, dim=-1).values[..., -1:]
+        return torch.relu(pre) * (pre >= level)
     largest = pre.topk(k, dim=-1)
     kept = torch.zeros_like(pre)
     return kept.scatter(-1, largest.indices, torch.relu(largest.values))
