@@ -4,16 +4,18 @@ One mask for everything: only rows that the harvest keeps are replaced (`harvest
 only targets predicted from valid positions are counted, for the clean model and every variant.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sparse_coding.harvest import kept_rows
-from sparse_coding.models import LanguageModel
+from sparse_coding.config import hooks_of
+from sparse_coding.harvest import NormLimit, activations, kept_rows
+from sparse_coding.models import LanguageModel, moment_of
 from sparse_coding.text import TokenBatch
 
 Replacement = Callable[[Float[Tensor, "rows d"]], Float[Tensor, "rows d"]]
@@ -29,6 +31,13 @@ class Target(NamedTuple):
     hook_name: str
     max_norm: float
     """Rows of a larger norm at this hook do not count either (`harvest.kept_rows`)."""
+
+
+class Alone(NamedTuple):
+    """Of joined hooks, the replacement of one; the others stay as the model computes them."""
+
+    replace: Replacement
+    hook_name: str
 
 
 class SplicedLosses(NamedTuple):
@@ -47,9 +56,9 @@ def cross_entropies(
     lm: LanguageModel,
     batch: TokenBatch,
     hook_name: str,
-    replacements: Mapping[str, Replacement | None],
+    replacements: Mapping[str, Replacement | Alone | None],
     *,
-    max_norm: float = float("inf"),
+    max_norm: float | Sequence[NormLimit] = float("inf"),
     target: Target | None = None,
 ) -> SplicedLosses:
     """Cross-entropy of the next token, and divergence from the clean model, under replacements.
@@ -59,14 +68,24 @@ def cross_entropies(
     position t; it is counted where t is a valid position and t + 1 no special token. One forward
     pass each, of which only the first runs the blocks before the hook's. With a `target` they are
     functions of the hook's rows that go into the target's, in the same pass.
+
+    Joined hooks (a crosscoder's) are all replaced in one pass, by functions of what the clean
+    model computes there: it must have read all of its hooks before the first is replaced, and so
+    reads none as an earlier replacement changed it. In the residual stream the last replacement
+    thus covers the others, but for rows that are left out; `Alone` shows each.
     """
     tokens, valid = batch.tokens.to(lm.device), batch.valid.to(lm.device)
     counted = valid[:, :-1] & valid[:, 1:]
     targets = tokens[:, 1:][counted]
-    earlier = _EarlierBlocks(lm, layer=int(hook_name.split(".")[1]))
+    hook_names = hooks_of(hook_name)
+    earlier = _EarlierBlocks(lm, layer=min(moment_of(name)[0] for name in hook_names))
+    hooks_of_one = partial(_hooks, hook_name, valid=valid, max_norm=max_norm, target=target)
+    if len(hook_names) > 1:
+        read = activations(lm, tokens, hook_names)
+        hooks_of_one = partial(_joined_hooks, read, valid=valid, max_norm=max_norm)
     result, clean = SplicedLosses({}, {}, counted), None
     for name, replace in replacements.items():
-        hooks = [] if replace is None else _hooks(hook_name, replace, valid, max_norm, target)
+        hooks = [] if replace is None else hooks_of_one(replace)
         with earlier.run_once() as start:
             logits = lm.model.run_with_hooks(
                 tokens, return_type="logits", fwd_hooks=[start, *hooks], use_cache=False
@@ -119,7 +138,7 @@ def _hooks(
     hook_name: str,
     replace: Replacement,
     valid: Bool[Tensor, "contexts position"],
-    max_norm: float,
+    max_norm: float | Sequence[NormLimit],
     target: Target | None,
 ) -> list[Hook]:
     """What to hang into the model: names of hooks and functions."""
@@ -137,6 +156,28 @@ def _hooks(
     if target is None:
         return _put(hook_name, replaced)
     return [(hook_name, lambda x, hook: encoded.append(x)), *_put(target.hook_name, replaced)]
+
+
+def _joined_hooks(
+    read: Mapping[str, Float[Tensor, "contexts position _"]],
+    replace: Replacement | Alone,
+    valid: Bool[Tensor, "contexts position"],
+    max_norm: float | Sequence[NormLimit],
+) -> list[Hook]:
+    """The same for hooks that were `read` in a clean pass, in the order of the rows' columns."""
+    chosen = [replace.hook_name] if isinstance(replace, Alone) else sorted(read, key=moment_of)
+    replace = replace.replace if isinstance(replace, Alone) else replace
+    rows = torch.cat(list(read.values()), dim=-1)
+    keep = kept_rows(rows, valid, max_norm)
+    widths = [x.shape[-1] for x in read.values()]
+    parts = dict(zip(read, replace(rows[keep].float()).split(widths, dim=1), strict=True))
+
+    def replaced(x: Tensor, hook: Any, name: str) -> Tensor:
+        x = x.clone()
+        x[keep] = parts[name].to(x.dtype)
+        return x
+
+    return [hook for name in chosen for hook in _put(name, partial(replaced, name=name))]
 
 
 def _put(hook_name: str, replaced: Callable[..., Tensor]) -> list[Hook]:
