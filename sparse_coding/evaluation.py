@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from sparse_coding.config import JOIN, hooks_of
+from sparse_coding.config import hooks_of
 from sparse_coding.dictionary import Dictionary
 from sparse_coding.errors import UserError
 from sparse_coding.harvest import NormLimit, activations, kept_rows
@@ -225,12 +225,8 @@ class Evaluation:
         joined hooks, "NAME alone at HOOK" replaces one.
         """
         self._refuse_what_decodes_elsewhere(dictionaries)
-        replacements: dict[str, Replacement | Alone | None] = _ablations(mean.to(self.lm.device))
-        replacements |= dictionaries
-        for hook_name in hooks_of(self.hook_name) if JOIN in self.hook_name else ():
-            replacements |= {
-                _alone(k, hook_name): Alone(d, hook_name) for k, d in dictionaries.items()
-            }
+        replacements = _ablations(mean.to(self.lm.device)) | dictionaries
+        replacements |= self._parts(dictionaries)
         if random_error and self.target is None:
             replacements |= {_control(k): RandomError(d) for k, d in dictionaries.items()}
         sums = Losses(torch.zeros(self.n_documents, dtype=torch.float64), {}, {})
@@ -254,8 +250,17 @@ class Evaluation:
                     into.index_add_(0, document, values.cpu()[counted].double())
         return sums
 
+    def _parts(self, dictionaries: dict[str, Dictionary]) -> dict[str, Alone]:
+        """Of joined hooks each alone."""
+        names = hooks_of(self.hook_name)
+        return {
+            _alone(k, name): Alone(d, name)
+            for name in (names if len(names) > 1 else ())
+            for k, d in dictionaries.items()
+        }
 
-def _ablations(mean: Float[Tensor, " d_out"]) -> dict[str, Replacement | None]:
+
+def _ablations(mean: Float[Tensor, " d_out"]) -> dict[str, Replacement | Alone | None]:
     return {
         "clean": None,
         "zero": lambda x: torch.zeros_like(mean, dtype=x.dtype).expand(len(x), -1),

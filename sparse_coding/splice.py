@@ -69,23 +69,16 @@ def cross_entropies(
     pass each, of which only the first runs the blocks before the hook's. With a `target` they are
     functions of the hook's rows that go into the target's, in the same pass.
 
-    Joined hooks (a crosscoder's) are all replaced in one pass, by functions of what the clean
-    model computes there: it must have read all of its hooks before the first is replaced, and so
-    reads none as an earlier replacement changed it. In the residual stream the last replacement
-    thus covers the others, but for rows that are left out; `Alone` shows each.
+    Joined hooks (a crosscoder's) are replaced together, by functions of the clean model's rows.
     """
     tokens, valid = batch.tokens.to(lm.device), batch.valid.to(lm.device)
     counted = valid[:, :-1] & valid[:, 1:]
     targets = tokens[:, 1:][counted]
-    hook_names = hooks_of(hook_name)
-    earlier = _EarlierBlocks(lm, layer=min(moment_of(name)[0] for name in hook_names))
-    hooks_of_one = partial(_hooks, hook_name, valid=valid, max_norm=max_norm, target=target)
-    if len(hook_names) > 1:
-        read = activations(lm, tokens, hook_names)
-        hooks_of_one = partial(_joined_hooks, read, valid=valid, max_norm=max_norm)
+    earlier = _EarlierBlocks(lm, layer=min(moment_of(h)[0] for h in hooks_of(hook_name)))
+    make_hooks = _maker_of_hooks(lm, tokens, hook_name, target)
     result, clean = SplicedLosses({}, {}, counted), None
     for name, replace in replacements.items():
-        hooks = [] if replace is None else hooks_of_one(replace)
+        hooks = [] if replace is None else make_hooks(replace, valid, max_norm)
         with earlier.run_once() as start:
             logits = lm.model.run_with_hooks(
                 tokens, return_type="logits", fwd_hooks=[start, *hooks], use_cache=False
@@ -134,6 +127,19 @@ def _return_input(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
     return hidden_states
 
 
+def _maker_of_hooks(
+    lm: LanguageModel,
+    tokens: Int[Tensor, "contexts position"],
+    place: str,
+    target: Target | None,
+) -> Callable[..., list[Hook]]:
+    """Makes, of a replacement, which positions are valid and the norm limit, what to hang in."""
+    names = hooks_of(place)
+    if len(names) == 1:
+        return partial(_hooks, place, target=target)
+    return partial(_joined_hooks, activations(lm, tokens, names))
+
+
 def _hooks(
     hook_name: str,
     replace: Replacement,
@@ -164,7 +170,12 @@ def _joined_hooks(
     valid: Bool[Tensor, "contexts position"],
     max_norm: float | Sequence[NormLimit],
 ) -> list[Hook]:
-    """The same for hooks that were `read` in a clean pass, in the order of the rows' columns."""
+    """The same for joined hooks, whose rows were `read` in a pass of the clean model.
+
+    Not in the replaced pass: all must be read before the first is replaced, so that none is read
+    as an earlier replacement changed it. Where all are of the residual stream, the last replacement
+    covers the others, but for rows that are left out; `Alone` shows what each of them costs.
+    """
     chosen = [replace.hook_name] if isinstance(replace, Alone) else sorted(read, key=moment_of)
     replace = replace.replace if isinstance(replace, Alone) else replace
     rows = torch.cat(list(read.values()), dim=-1)
