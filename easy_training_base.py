@@ -17,7 +17,7 @@ import os
 # Before torch is imported: threads that wait by spinning slow a shared machine down many times.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from sparse_coding.config import read_config
+from sparse_coding.config import hooks_of, read_config
 from sparse_coding.errors import report_user_errors_in_one_line
 
 report_user_errors_in_one_line()
@@ -36,16 +36,18 @@ from sparse_coding.cache import CachedActivations
 from sparse_coding.checkpoint import StopSignal, load_run, save_run
 from sparse_coding.distributed import make_trainer, share_of_batches
 from sparse_coding.evaluation import Evaluation, density_histogram, evaluate, take_tokens
+from sparse_coding.formats.crosscoder import save_crosscoder
 from sparse_coding.formats.saelens import save_saelens
 from sparse_coding.harvest import (
     AlignedSources,
     Rows,
     StreamingSources,
     harvest_to_cache,
+    norm_limit,
     side_by_side,
     take_sample,
 )
-from sparse_coding.ladder import ladder
+from sparse_coding.ladder import ladder, places
 from sparse_coding.models import check_hook, check_target_hook, load_lm
 from sparse_coding.processes import leave_to_first, open_processes
 from sparse_coding.reporting import (
@@ -61,7 +63,8 @@ from sparse_coding.text import contexts, load_text, starts_with_bos
 from sparse_coding.training import training_config
 
 target = cfg.target_hook_name  # of transcoders, else None
-specs = ladder(cfg.architecture, cfg.ratios, cfg.l1_coeffs, cfg.target_l0, cfg.seed, bool(target))
+grid = cfg.architecture, cfg.ratios, cfg.l1_coeffs, cfg.target_l0, cfg.seed
+specs = ladder(*grid, are_transcoders=bool(target), n_hooks=len(cfg.hook_name))
 print_plan(cfg, specs)
 if cfg.plan:
     sys.exit()
@@ -122,18 +125,20 @@ else:
 # ## Train
 # Every SAE sees the same batches. A step is: loss, gradient, projection, Adam, renormalisation;
 # `--step reference` does it by autograd, `auto` by the fastest kernel with the same result. In a
-# transcoder's rows the columns of its target follow those that it encodes.
+# transcoder's rows the columns of its target follow those that it encodes; in a crosscoder's lie
+# those of all its hooks.
 
 # %%
 training = training_config(cfg, n_steps)
 trainers = {}
 sample = take_sample(sources, 8192)
-for hook_name in cfg.hook_name:
-    x = side_by_side(sample, cfg.columns(hook_name))
-    prefix = f"{hook_name}/" if len(cfg.hook_name) > 1 else ""
-    target_width = sample[target].shape[1] if target else 0
-    trainers[hook_name] = make_trainer(
-        processes, cfg.parallel, specs, training, x, prefix, target_width
+widths = {hook_name: x.shape[1] for hook_name, x in sample.items()}
+for place in places(specs, cfg.hook_name):
+    x = side_by_side(sample, cfg.columns(place))
+    prefix = f"{place}/" if len(places(specs, cfg.hook_name)) > 1 else ""
+    hook_widths = [widths[hook_name] for hook_name in hooks_of(place)]
+    trainers[place] = make_trainer(
+        processes, cfg.parallel, specs, training, x, prefix, widths.get(target, 0), hook_widths
     )
 
 parts = {"source": sources, **trainers}
@@ -144,8 +149,8 @@ sources.take_part(share_of_batches(processes, cfg))
 stop = StopSignal(processes)
 with Reporter(run, n_steps, step) as reporter:
     for batch in itertools.islice(sources, n_steps - step):
-        for hook_name, trainer in trainers.items():
-            trainer.step(side_by_side(batch, cfg.columns(hook_name)))
+        for place, trainer in trainers.items():
+            trainer.step(side_by_side(batch, cfg.columns(place)))
         step += 1
         stopped_by = stop.agreed()
 
@@ -168,12 +173,13 @@ heldout = take_tokens(token_batches("heldout"), cfg.n_tokens_eval)
 written = Target(target, rows.max_norms[target]) if target else None
 IDENTITY = ("name", "architecture", "ratio", "l1_coeff", "seed", "hook_name")
 results, densities = [], []
-for hook_name, trainer in trainers.items():
-    evaluation = Evaluation(lm, hook_name, heldout, rows.max_norms[hook_name], target=written)
+for place, trainer in trainers.items():
+    limit = norm_limit(place, rows.max_norms, widths)
+    evaluation = Evaluation(lm, place, heldout, limit, target=written)
     saes, mean = trainer.finished_saes(), trainer.raw_mean()
     measured = evaluate(evaluation, saes, mean, cfg.n_tokens_ce, processes=processes)
     for name, facts in trainer.facts().items():
-        hooks = {"hook_name": hook_name} | ({"hook_name_out": target} if target else {})
+        hooks = {"hook_name": place} | ({"hook_name_out": target} if target else {})
         row = {"name": name, "lm": cfg.lm} | hooks | facts | measured[name].row
         results.append(row)
         n_firings, n_rows = measured[name].n_firings, row["n_tokens_eval"]
@@ -189,7 +195,11 @@ for hook_name, trainer in trainers.items():
             **facts,
         }
         folder, density = run.folder / "saes" / name, n_firings / n_rows
-        if processes.is_first:
+        if not processes.is_first:
+            continue
+        if saes[name].joins_hooks:
+            save_crosscoder(saes[name], folder, metadata=metadata, overwrite=True)
+        else:
             save_saelens(saes[name], folder, metadata=metadata, density=density, overwrite=True)
 
 leave_to_first(processes)

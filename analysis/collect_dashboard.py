@@ -67,7 +67,7 @@ def main(cfg: Config) -> None:
 
     from analysis.subjects import load_subjects
 
-    subjects = load_subjects([cfg.source], cfg, with_transcoders=not cfg.n_effects)
+    subjects = load_subjects([cfg.source], cfg, with_other_places=not cfg.n_effects)
     chosen = choose(subjects, cfg.saes)
     check_features(cfg, chosen)
     folders = {subject.name: folder_of(cfg, subject) for subject in chosen}

@@ -264,9 +264,10 @@ class Collector:
         return Neurons(hook, *best)
 
     def _logits(self, block: Int[Tensor, " block"]) -> list[Row]:
-        """The tokens that each makes likelier, and less likely, by what it writes."""
+        """The tokens that each makes likelier, and less likely, by what it writes (a crosscoder's
+        at the last of its hooks)."""
         lm = self.material.lm
-        logits = direct_logits(lm, self.dictionary.W_dec[block])
+        logits = direct_logits(lm, self.dictionary.W_dec[block, -lm.d_model :])
         ends = {"top": logits.topk(N_LOGITS), "bottom": logits.topk(N_LOGITS, largest=False)}
 
         def words(end: Any, j: int) -> list[list[str | float]]:

@@ -61,7 +61,7 @@ def main(cfg: Config) -> None:
     from analysis.subjects import Material, by_origin, load_subjects
     from sparse_coding.evaluation import density_histogram, evaluate
 
-    subjects = load_subjects(cfg.dictionaries, cfg, with_transcoders=True)
+    subjects = load_subjects(cfg.dictionaries, cfg, with_other_places=True)
     path = results_path(cfg, "evaluate", [subject.run for subject in subjects])
     rows, densities = [], []
     for origin, group in by_origin(subjects).items():

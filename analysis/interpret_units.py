@@ -114,7 +114,7 @@ def main(cfg: Config) -> None:
     """Read, measure, print, write."""
     from analysis.subjects import by_origin, load_subjects
 
-    subjects = load_subjects(cfg.dictionaries, cfg, with_transcoders=True)
+    subjects = load_subjects(cfg.dictionaries, cfg, with_other_places=True)
     path = results_path(cfg, "interpret_units", [subject.run for subject in subjects])
     judge = make_judge(cfg, path, len(subjects) * (1 + len(cfg.families)))
     rows: list[Row] = []

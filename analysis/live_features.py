@@ -121,7 +121,7 @@ def reader_of(cfg: Config) -> Reader:
         raise UserError(f"{index} is of another version; collect it anew")
     known = [key for key in MeasureConfig.__dataclass_fields__ if key in config]
     settings = {key: config[key] for key in known} | {"device": cfg.device, "output": None}
-    subjects = load_subjects([config["source"]], MeasureConfig(**settings), with_transcoders=True)
+    subjects = load_subjects([config["source"]], MeasureConfig(**settings), with_other_places=True)
     chosen = [subject for subject in subjects if subject.name == config["sae"]]
     if not chosen:
         raise UserError(f"{config['source']} has no dictionary {config['sae']} any more")

@@ -16,11 +16,12 @@ from torch import Tensor
 from analysis.program import MeasureConfig
 from pretrained.catalogue import releases
 from pretrained.fetch import fetched
+from sparse_coding.config import hooks_of
 from sparse_coding.dictionary import Dictionary
 from sparse_coding.errors import UserError
 from sparse_coding.evaluation import Evaluation, take_tokens
 from sparse_coding.formats import load_dictionary
-from sparse_coding.harvest import Rows, hook_width
+from sparse_coding.harvest import NormLimit, Rows, hook_width, norm_limit, side_by_side
 from sparse_coding.models import (
     LanguageModel,
     check_hook,
@@ -39,6 +40,7 @@ class Origin:
 
     lm: str
     hook_name: str
+    """Of crosscoders all their hooks, as A+B."""
     target_hook_name: str = ""
     """Where what is decoded belongs, of transcoders."""
     text: str = "builtin"
@@ -68,14 +70,14 @@ FACTS = ("architecture", "ratio", "d_in", "d_sae", "l1_coeff", "target_l0", "see
 
 
 def load_subjects(
-    sources: Sequence[str], cfg: MeasureConfig, *, with_transcoders: bool = False
+    sources: Sequence[str], cfg: MeasureConfig, *, with_other_places: bool = False
 ) -> list[Subject]:
     """The dictionaries that `sources` name, in order.
 
     A source is a run folder (all its SAEs), a run's saes/NAME, a file or folder of any format in
     `sparse_coding.formats`, or a release as RELEASE/DICTIONARY. Settings in `cfg` that are not
-    empty go before what the files say. Transcoders are refused unless the caller does nothing with
-    what they decode, or knows where it belongs.
+    empty go before what the files say. Transcoders and crosscoders (`with_other_places`) are
+    refused unless the caller does nothing with what they decode, or knows where it belongs.
     """
     if not sources:
         raise UserError("name at least one run folder, dictionary or release")
@@ -84,11 +86,13 @@ def load_subjects(
     ]
     names = [subject.name for subject in subjects]
     for subject in subjects:
-        if subject.dictionary.is_transcoder and not with_transcoders:
+        kinds = {"transcoder": subject.dictionary.is_transcoder,
+                 "crosscoder": subject.dictionary.joins_hooks}  # fmt: skip
+        for kind in [kind for kind, is_one in kinds.items() if is_one and not with_other_places]:
             raise UserError(
-                f"{subject.name} is a transcoder, and this measurement needs a dictionary that "
-                "reconstructs what it encodes; analysis.evaluate, interpret_units and "
-                "collect_dashboard take transcoders"
+                f"{subject.name} is a {kind}, and this measurement needs a dictionary that "
+                "reconstructs the one hook that it encodes; analysis.evaluate, interpret_units "
+                f"and collect_dashboard take {kind}s"
             )
     return [
         subject._replace(name=_longer_name(subject)) if names.count(subject.name) > 1 else subject
@@ -201,14 +205,21 @@ class Material:
 
     def check(self, subjects: Iterable[Subject]) -> None:
         """`UserError` unless the dictionaries have the width of the hook's activations."""
-        width = hook_width(self.lm, self.origin.hook_name)
+        widths = tuple(self.widths.values())
         for subject in subjects:
-            if subject.dictionary.d_in != width:
+            dictionary = subject.dictionary
+            expected = dictionary.widths if dictionary.joins_hooks else (dictionary.d_in,)
+            if expected != widths:
                 raise UserError(
-                    f"{subject.name} has d_in {subject.dictionary.d_in}, but "
-                    f"{self.origin.hook_name} of {self.lm.name} is {width} wide; give the --lm "
-                    "and --hook-name that it was trained on"
+                    f"{subject.name} has d_in {' + '.join(map(str, expected))}, but "
+                    f"{self.origin.hook_name} of {self.lm.name} is {' + '.join(map(str, widths))} "
+                    "wide; give the --lm and --hook-name that it was trained on"
                 )
+
+    @cached_property
+    def widths(self) -> dict[str, int]:
+        """Of the place's hooks."""
+        return {name: hook_width(self.lm, name) for name in hooks_of(self.origin.hook_name)}
 
     def token_batches(self, split: str) -> Iterator[TokenBatch]:
         """Contexts of one split, "train" or "heldout"."""
@@ -225,13 +236,13 @@ class Material:
     def training_rows(self) -> Rows:
         """Rows of training documents under the harvest's own norm limit."""
         target = self.origin.target_hook_name
-        hook_names = [self.origin.hook_name, *([target] if target else [])]
+        hook_names = [*hooks_of(self.origin.hook_name), *([target] if target else [])]
         return Rows(self.lm, partial(self.token_batches, "train"), hook_names)
 
     @property
-    def max_norm(self) -> float:
+    def max_norm(self) -> float | list[NormLimit]:
         """The harvest's norm limit, measured on training documents."""
-        return self.training_rows.max_norms[self.origin.hook_name]
+        return norm_limit(self.origin.hook_name, self.training_rows.max_norms, self.widths)
 
     def heldout(self, n_tokens: int) -> list[TokenBatch]:
         """Held-out contexts with at least `n_tokens` valid positions, or all there are."""
@@ -249,7 +260,7 @@ class Material:
         """Mean and variance per dimension of a hook's first `n_tokens` or more training rows."""
         n, total, square = 0, 0.0, 0.0
         for rows in self.training_rows:
-            x = rows.acts[hook_name].cpu().double()
+            x = side_by_side(rows.acts, hooks_of(hook_name)).cpu().double()
             n, total, square = n + len(x), total + x.sum(0), square + x.square().sum(0)
             if n >= n_tokens:
                 break

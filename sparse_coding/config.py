@@ -35,6 +35,12 @@ from sparse_coding.settings import (
 )
 
 Parallel = Literal["ladder", "data", "features"]
+JOIN = "+"
+
+
+def hooks_of(place: str) -> tuple[str, ...]:
+    """The hooks of a place: one, or those that a crosscoder joins, as A+B, in that order."""
+    return tuple(place.split(JOIN))
 
 
 @dataclass(frozen=True)
@@ -75,12 +81,13 @@ class RunConfig:
     # what is learnt
     architecture: tuple[str, ...] = ("l1",)
     """tied_l1, l1 (unit norm, resampling), norm_weighted_l1, p_anneal, gated, topk, batch_topk,
-    matryoshka, jumprelu or jumprelu_target (its quadratic penalty)."""
+    matryoshka, jumprelu or jumprelu_target (its quadratic penalty); or crosscoder and
+    batch_topk_crosscoder, which learn one dictionary of all hook_names together."""
     ratios: tuple[Ratio, ...] = (1, 2, 4, 8, 16, 32)
     """Dictionary sizes as multiples of the layer's width."""
     target_l0: tuple[Positive, ...] = (30.0,)
     """Mean active features per token to steer each SAE to (the k of topk, batch_topk,
-    matryoshka and jumprelu_target).
+    matryoshka, jumprelu_target and batch_topk_crosscoder).
     Ignored where l1_coeffs is given."""
     l1_coeffs: tuple[PositiveOrZero, ...] = ()
     """Fixed coefficients of the sparsity penalty (an L1 norm; jumprelu: L0) instead of target_l0;
@@ -163,10 +170,10 @@ class RunConfig:
         target = self.target_hook_name
         return self.hook_name if target is None else (*self.hook_name, target)
 
-    def columns(self, hook_name: str) -> tuple[str, ...]:
-        """The hooks that lie side by side in the rows that `hook_name`'s SAEs learn from."""
+    def columns(self, place: str) -> tuple[str, ...]:
+        """The hooks that lie side by side in the rows that the SAEs of a place learn from."""
         target = self.target_hook_name
-        return (hook_name,) if target is None else (hook_name, target)
+        return hooks_of(place) if target is None else (*hooks_of(place), target)
 
 
 def _join(values: Any) -> str:

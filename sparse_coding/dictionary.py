@@ -27,6 +27,8 @@ class Dictionary(nn.Module, ABC):
     """Decoder directions, one feature a row; a parameter or a property."""
     is_transcoder: bool = False
     """Whether `decode` gives activations of another place than `encode` reads."""
+    joins_hooks: bool = False
+    """Whether it is a crosscoder: its rows are those of several hooks, side by side."""
 
     @property
     def d_out(self) -> int:

@@ -33,11 +33,12 @@ def make_trainer(
     sample: Tensor,
     prefix: str = "",
     target_width: int = 0,
+    hook_widths: Sequence[int] = (),
 ) -> Trainer:
     """The `Trainer` of one process, or this one's part in one that several make up."""
     if processes.is_alone:
-        return Trainer(specs, cfg, sample, prefix, target_width)
-    return TRAINERS[parallel](processes, specs, cfg, sample, prefix, target_width)
+        return Trainer(specs, cfg, sample, prefix, target_width, hook_widths)
+    return TRAINERS[parallel](processes, specs, cfg, sample, prefix, target_width, hook_widths)
 
 
 def share_of_batches(processes: Processes, cfg: RunConfig) -> slice:
@@ -56,10 +57,11 @@ class SharedTrainer(Trainer):
         sample: Tensor,
         prefix: str,
         target_width: int,
+        hook_widths: Sequence[int],
     ) -> None:
         self.processes = processes
         self.specs = {prefix + spec.name: spec for spec in specs}
-        super().__init__(specs, cfg, sample, prefix, target_width)
+        super().__init__(specs, cfg, sample, prefix, target_width, hook_widths)
 
 
 class LadderTrainer(SharedTrainer):

@@ -5,7 +5,7 @@ SAE: differences between SAEs are paired.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,9 +14,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from sparse_coding.config import hooks_of
 from sparse_coding.dictionary import Dictionary
 from sparse_coding.errors import UserError
-from sparse_coding.harvest import activations, kept_rows
+from sparse_coding.harvest import NormLimit, activations, kept_rows
 from sparse_coding.metrics import (
     ActivationSums,
     ReconstructionSums,
@@ -29,11 +30,12 @@ from sparse_coding.metrics import (
 )
 from sparse_coding.models import LanguageModel
 from sparse_coding.processes import ALONE, Processes
-from sparse_coding.splice import Replacement, Target, cross_entropies
+from sparse_coding.splice import Alone, Replacement, Target, cross_entropies
 from sparse_coding.text import TokenBatch
 
 N_DRAWS = 1000
 ROWS_AT_ONCE = 1024  # bounds the (rows, d_sae) tensors
+KINDS = ("fvu", "fvu_without_outliers", "fvu_standardised")
 DENSE = 0.1  # a feature that fires on more than this share of rows is called dense
 
 
@@ -53,6 +55,8 @@ def take_tokens(batches: Iterable[TokenBatch], n_tokens: int) -> list[TokenBatch
 class Reconstructions(NamedTuple):
     """Sums over one hook's held-out rows."""
 
+    weightings: tuple[str, ...]
+    """What the rows of the sums' `dimension_weights` are called as FVUs."""
     inputs: ActivationSums
     kept: dict[str, ReconstructionSums]
     """By dictionary, over the rows that count."""
@@ -86,6 +90,10 @@ class Evaluation:
     training rows, adds two kinds of FVU: without the two dimensions of the largest variance, and
     with every dimension divided by its variance. With a `target` the dictionaries are transcoders
     from the hook to it: rows count that count at both, and all numbers but L0 are the target's.
+
+    Of crosscoders `hook_name` is all their hooks, joined; rows count that count at all of them.
+    `fvu` and `mse` are in the units of training, in which the hooks count alike; each hook has an
+    FVU of its own as well. The other numbers are of the joined raw rows.
     """
 
     def __init__(
@@ -93,21 +101,23 @@ class Evaluation:
         lm: LanguageModel,
         hook_name: str,
         batches: list[TokenBatch],
-        max_norm: float,
+        max_norm: float | Sequence[NormLimit],
         variance: Float[Tensor, " d_out"] | None = None,
         target: Target | None = None,
     ) -> None:
         self.target = target
         self.lm, self.hook_name, self.batches, self.max_norm = lm, hook_name, batches, max_norm
         self.n_documents = 1 + max(int(batch.document.max()) for batch in batches)
-        self.dimension_weights = None if variance is None else _dimension_weights(variance)
+        self.variance = variance
 
     def reconstruction(self, dictionaries: dict[str, Dictionary]) -> Reconstructions:
         """Sums over all batches for everything but cross-entropies."""
         self._refuse_what_decodes_elsewhere(dictionaries)
-        weights = self.dimension_weights
         d_out = next(iter(dictionaries.values())).d_out
+        named = self._weightings(dictionaries)
+        weights = torch.stack(list(named.values()))
         sums = Reconstructions(
+            tuple(named),
             ActivationSums(d_out, self.n_documents, weights),
             {k: ReconstructionSums(d, self.n_documents, weights) for k, d in dictionaries.items()},
             ActivationSums(d_out, 1),
@@ -120,6 +130,21 @@ class Evaluation:
             others = torch.zeros_like(document[:1]).expand(int((~keep).sum()))
             _count(x[~keep], target[~keep], others, sums.excluded_inputs, sums.excluded)
         return sums
+
+    def _weightings(
+        self, dictionaries: dict[str, Dictionary]
+    ) -> dict[str, Float[Tensor, " d_out"]]:
+        """Names of FVUs, and how much each dimension counts in them."""
+        first = next(iter(dictionaries.values()))
+        ones = torch.ones(first.d_out)
+        if first.joins_hooks:
+            of_hooks = torch.block_diag(*ones.split(first.widths))
+            names = [f"fvu_{name}" for name in hooks_of(self.hook_name)]
+            joint = first.scales.cpu().square() @ of_hooks
+            return {"fvu": joint} | dict(zip(names, of_hooks, strict=True))
+        if self.variance is None:
+            return {"fvu": ones}
+        return dict(zip(KINDS, _dimension_weights(self.variance), strict=True))
 
     def _rows(
         self, batch: TokenBatch
@@ -197,10 +222,12 @@ class Evaluation:
 
         "zero" and "mean" replace the hook's rows by 0 and by `mean`. With `random_error`,
         "NAME/random error" is the control: rows plus an error of a random direction whose norm is
-        that of the dictionary's own error on the row; of transcoders there is no such control.
+        that of the dictionary's own error on the row; of transcoders there is no such control. Of
+        joined hooks, "NAME alone at HOOK" replaces one.
         """
         self._refuse_what_decodes_elsewhere(dictionaries)
         replacements = _ablations(mean.to(self.lm.device)) | dictionaries
+        replacements |= self._parts(dictionaries)
         if random_error and self.target is None:
             replacements |= {_control(k): RandomError(d) for k, d in dictionaries.items()}
         sums = Losses(torch.zeros(self.n_documents, dtype=torch.float64), {}, {})
@@ -224,8 +251,17 @@ class Evaluation:
                     into.index_add_(0, document, values.cpu()[counted].double())
         return sums
 
+    def _parts(self, dictionaries: dict[str, Dictionary]) -> dict[str, Alone]:
+        """Of joined hooks each alone."""
+        names = hooks_of(self.hook_name)
+        return {
+            _alone(k, name): Alone(d, name)
+            for name in (names if len(names) > 1 else ())
+            for k, d in dictionaries.items()
+        }
 
-def _ablations(mean: Float[Tensor, " d_out"]) -> dict[str, Replacement | None]:
+
+def _ablations(mean: Float[Tensor, " d_out"]) -> dict[str, Replacement | Alone | None]:
     return {
         "clean": None,
         "zero": lambda x: torch.zeros_like(mean, dtype=x.dtype).expand(len(x), -1),
@@ -258,17 +294,27 @@ def _control(name: str) -> str:
     return f"{name}/random error"
 
 
+def _alone(name: str, hook_name: str) -> str:
+    return f"{name} alone at {hook_name}"
+
+
 class RandomError:
-    """x plus noise of a uniformly random direction and of the norm of the dictionary's error."""
+    """x plus noise of a uniformly random direction and of the norm of the dictionary's error.
+
+    Of a crosscoder at each hook.
+    """
 
     def __init__(self, dictionary: Dictionary) -> None:
         self.dictionary = dictionary
         self.generator = torch.Generator().manual_seed(0)
 
     def __call__(self, x: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_in"]:
-        norm = (x - self.dictionary(x)).norm(dim=1, keepdim=True)
+        widths = self.dictionary.widths if self.dictionary.joins_hooks else [x.shape[1]]
         noise = torch.randn(x.shape, generator=self.generator).to(x)
-        return x + noise * (norm / noise.norm(dim=1, keepdim=True))
+        errors = [part.split(widths, dim=1) for part in (x - self.dictionary(x), noise)]
+        norms = [[one.norm(dim=1, keepdim=True) for one in parts] for parts in errors]
+        scaled = [n * (to / of) for n, to, of in zip(errors[1], *norms, strict=True)]
+        return x + torch.cat(scaled, dim=1)
 
 
 class Measured(NamedTuple):
@@ -331,9 +377,8 @@ def _reconstruction_row(
     row = {"n_tokens_eval": n_rows, "n_documents_eval": n_documents}
     row |= columns("l0", mean_per_row(one.rows["n_active"], inputs.n, weights))
     row |= {f"l0_p{q:02d}": _quantile(one.l0_counts, q / 100) for q in (5, 25, 50, 75, 95)}
-    kinds = ("fvu", "fvu_without_outliers", "fvu_standardised")
-    for weighting in range(len(one.squared_error)):
-        row |= columns(kinds[weighting], fvu(one, inputs, weights, weighting))
+    for weighting, kind in enumerate(sums.weightings):
+        row |= columns(kind, fvu(one, inputs, weights, weighting))
     squared_error = one.squared_error[0].sum().item()
     row |= {"mse": squared_error / n_rows, "mse_per_dimension": squared_error / n_rows / one.d_in}
     for key in ("l1", "cosine", "l2_ratio"):
@@ -364,6 +409,10 @@ def _loss_row(
     row |= columns("kl", interval((weights @ losses.kl[name]) / n))
     row |= columns("ce_recovered", interval(1 - lost / (ce["zero"] - ce["clean"])))
     row |= columns("ce_recovered_mean", interval(1 - lost / (ce["mean"] - ce["clean"])))
+    for key in ce:
+        before, _, hook_name = key.partition(_alone("", ""))
+        if before == name and hook_name:
+            row |= columns(f"nats_lost_{hook_name}", interval(ce[key] - ce["clean"]))
     control = _control(name)
     if control in ce:
         row |= columns("nats_lost_random_error", interval(ce[control] - ce["clean"]))

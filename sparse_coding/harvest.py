@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from sparse_coding.cache import (
     open_cache,
 )
 from sparse_coding.cache_files import damaged_shards, replace_shard
+from sparse_coding.config import hooks_of
 from sparse_coding.errors import UserError
 from sparse_coding.models import LanguageModel
 from sparse_coding.processes import ALONE, Processes, refuse_unseen
@@ -45,15 +46,19 @@ class _AllFound(Exception):
 
 @torch.inference_mode()
 def activations(
-    lm: LanguageModel, tokens: Int[Tensor, "contexts position"], hook_names: Sequence[str]
-) -> dict[str, Float[Tensor, "contexts position d"]]:
-    """The hooks' activations in the model's dtype, on its device; nothing after them runs."""
+    lm: LanguageModel, tokens: Int[Tensor, "contexts position"], places: Sequence[str]
+) -> dict[str, Float[Tensor, "contexts position _"]]:
+    """The hooks' activations in the model's dtype, on its device; nothing after them runs.
+
+    Those of several hooks that are joined to one place (`hooks_of`) lie side by side.
+    """
+    hook_names = {name for place in places for name in hooks_of(place)}
     found: dict[str, Tensor] = {}
 
     def recorder(name: str) -> Callable[..., None]:
         def record(x: Tensor, hook: Any) -> None:
             found[name] = x
-            if len(found) == len(set(hook_names)):
+            if len(found) == len(hook_names):
                 raise _AllFound
 
         return record
@@ -65,21 +70,46 @@ def activations(
             return_type=None,
             fwd_hooks=[(name, recorder(name)) for name in hook_names],
         )
-    return {name: found[name] for name in hook_names}
+    return {place: _joined([found[name] for name in hooks_of(place)]) for place in places}
+
+
+def _joined(parts: Sequence[Float[Tensor, "*rows _"]]) -> Float[Tensor, "*rows _"]:
+    return torch.cat(list(parts), dim=-1) if len(parts) > 1 else parts[0]
+
+
+class NormLimit(NamedTuple):
+    """The largest norm that counts at one of the hooks that are joined to a place."""
+
+    width: int
+    max_norm: float
 
 
 def kept_rows(
     acts: Float[Tensor, "contexts position d"],
     valid: Bool[Tensor, "contexts position"],
-    max_norm: float,
+    max_norm: float | Sequence[NormLimit],
 ) -> Bool[Tensor, "contexts position"]:
-    """The rows that count: valid positions whose norm is at most `max_norm`.
+    """The rows that count: valid positions whose norm is at most `max_norm`, at every hook.
 
     `valid` leaves out first positions and special tokens (`text.valid_positions`); the norm leaves
     out the few other attention sinks, tokens with a norm a hundred times the median, one of which
     would outweigh a whole batch in the loss, the scale and the FVU. They are counted and reported.
     """
-    return valid & (acts.float().norm(dim=-1) <= max_norm)
+    limits = max_norm if isinstance(max_norm, Sequence) else [(acts.shape[-1], max_norm)]
+    parts = acts.float().split([width for width, _ in limits], dim=-1)
+    for part, (_, limit) in zip(parts, limits, strict=True):
+        valid = valid & (part.norm(dim=-1) <= limit)
+    return valid
+
+
+def norm_limit(
+    place: str, max_norms: Mapping[str, float], widths: Mapping[str, int]
+) -> float | list[NormLimit]:
+    """What `kept_rows` needs of a place, from what is known of each hook."""
+    names = hooks_of(place)
+    if len(names) == 1:
+        return max_norms[place]
+    return [NormLimit(widths[name], max_norms[name]) for name in names]
 
 
 class Seen(NamedTuple):
@@ -318,11 +348,10 @@ class AlignedSources:
 
 
 def side_by_side(
-    batch: dict[str, Float32[Tensor, "rows _"]], hook_names: Sequence[str]
-) -> Float32[Tensor, "rows columns"]:
+    batch: dict[str, Float[Tensor, "rows _"]], hook_names: Sequence[str]
+) -> Float[Tensor, "rows columns"]:
     """Aligned rows of several hooks joined into one; those of one hook as they are."""
-    first, *others = (batch[name] for name in hook_names)
-    return torch.cat([first, *others], dim=1) if others else first
+    return _joined([batch[name] for name in hook_names])
 
 
 class Window(NamedTuple):

@@ -1,10 +1,11 @@
 """Which SAEs a run trains: every combination of what was asked for. Nothing is made here."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from sparse_coding.config import JOIN
 from sparse_coding.errors import UserError
-from sparse_coding.sae import ARCHITECTURES
+from sparse_coding.sae import ARCHITECTURES, CROSSCODERS, SAE, TRAINABLE
 
 
 class SAESpec(NamedTuple):
@@ -50,12 +51,41 @@ def _refuse_unless_l0_is_whole(
         )
 
 
-def check_architectures(names: Sequence[str], flag: str = "--architecture") -> None:
+def check_architectures(
+    names: Sequence[str],
+    flag: str = "--architecture",
+    known: Mapping[str, type[SAE]] = ARCHITECTURES,
+) -> None:
     """`UserError` about the first that there is not."""
     for name in names:
-        if name not in ARCHITECTURES:
-            allowed = ", ".join(ARCHITECTURES)
+        if name not in known:
+            allowed = ", ".join(known)
             raise UserError(f"{flag} {name} is unknown; it must be one of: {allowed}")
+
+
+def _refuse_what_does_not_transcode(architectures: Sequence[str]) -> None:
+    for architecture in architectures:
+        if not TRAINABLE[architecture].can_transcode:
+            able = ", ".join(name for name, cls in TRAINABLE.items() if cls.can_transcode)
+            raise UserError(
+                f"--architecture {architecture} cannot be a transcoder (--target-hook-name); "
+                f"these can: {able}"
+            )
+
+
+def _refuse_what_cannot_be_joined(architectures: Sequence[str], n_hooks: int) -> None:
+    joined = [name for name in architectures if name in CROSSCODERS]
+    apart = [name for name in architectures if name not in CROSSCODERS]
+    if joined and apart:
+        raise UserError(
+            f"--architecture {joined[0]} joins all hooks in one dictionary, {apart[0]} learns "
+            "each by itself; train them in two runs"
+        )
+    if joined and n_hooks < 2:
+        raise UserError(
+            f"--architecture {joined[0]} joins the activations of several hooks; give two or more "
+            "with --hook-name"
+        )
 
 
 def ladder(
@@ -65,17 +95,18 @@ def ladder(
     target_l0: Sequence[float],
     seeds: Sequence[int],
     are_transcoders: bool = False,
+    n_hooks: int = 1,
 ) -> list[SAESpec]:
-    """Every combination, in the order of its arguments; `l1_coeffs` win over `target_l0`."""
-    check_architectures(architectures)
+    """Every combination, in the order of its arguments; `l1_coeffs` win over `target_l0`.
+
+    `n_hooks` are there to be learnt from: apart, or joined by crosscoders, which must be alone.
+    """
+    check_architectures(architectures, known=TRAINABLE)
+    if are_transcoders:
+        _refuse_what_does_not_transcode(architectures)
+    _refuse_what_cannot_be_joined(architectures, n_hooks)
     for architecture in architectures:
-        if are_transcoders and not ARCHITECTURES[architecture].can_transcode:
-            able = ", ".join(name for name, cls in ARCHITECTURES.items() if cls.can_transcode)
-            raise UserError(
-                f"--architecture {architecture} cannot be a transcoder (--target-hook-name); "
-                f"these can: {able}"
-            )
-        if ARCHITECTURES[architecture].sparsity_is_chosen:
+        if TRAINABLE[architecture].sparsity_is_chosen:
             _refuse_unless_l0_is_whole(architecture, l1_coeffs, target_l0)
     sparsities = [(c, None) for c in l1_coeffs] or [(None, t) for t in target_l0]
     return [
@@ -85,3 +116,9 @@ def ladder(
         for l1_coeff, target in sparsities
         for seed in seeds
     ]
+
+
+def places(specs: Sequence[SAESpec], hook_names: Sequence[str]) -> tuple[str, ...]:
+    """Where a ladder is trained: at each hook by itself, or at all of them joined."""
+    joins = any(spec.architecture in CROSSCODERS for spec in specs)
+    return (JOIN.join(hook_names),) if joins else tuple(hook_names)

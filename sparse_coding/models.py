@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from sparse_coding.config import hooks_of
 from sparse_coding.errors import UserError
 from sparse_coding.storage import sha256, whole_folder
 
@@ -332,13 +333,14 @@ def _randomised(source: str, how: str, seed: int, dtype: torch.dtype) -> PreTrai
     return model
 
 
-def check_hook(lm: LanguageModel, hook_name: str) -> None:
-    """A `UserError` with the nearest name unless the model has this hook.
+def check_hook(lm: LanguageModel, place: str) -> None:
+    """A `UserError` with the nearest name unless the model has this hook, or all that it joins.
 
     Where attention and MLP work side by side (Pythia) there is no `hook_resid_mid`.
     """
     every = lm.model.hook_dict
-    layer_of(hook_name, lm, [name for name in STREAM_HOOKS if f"blocks.0.{name}" in every])
+    for hook_name in hooks_of(place):
+        layer_of(hook_name, lm, [name for name in STREAM_HOOKS if f"blocks.0.{name}" in every])
 
 
 def layer_of(
@@ -356,16 +358,17 @@ def layer_of(
     )
 
 
+def moment_of(hook_name: str) -> tuple[int, int]:
+    """Block and place in it: hooks sort by when the model computes them."""
+    _, layer, kind = hook_name.split(".", 2)
+    return int(layer), STREAM_HOOKS.index(kind)
+
+
 def check_target_hook(lm: LanguageModel, hook_names: Sequence[str], target: str) -> None:
     """`UserError` unless the model has the hook and computes it after all the others."""
     check_hook(lm, target)
-
-    def place(hook_name: str) -> tuple[int, int]:
-        _, layer, kind = hook_name.split(".", 2)
-        return int(layer), STREAM_HOOKS.index(kind)
-
     for hook_name in hook_names:
-        if place(hook_name) >= place(target):
+        if moment_of(hook_name) >= moment_of(target):
             raise UserError(
                 f"--target-hook-name {target} is not computed after --hook-name {hook_name}, so "
                 "that it cannot be replaced by what is decoded from there; a block's order is "

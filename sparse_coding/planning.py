@@ -16,7 +16,7 @@ from sparse_coding.errors import UserError
 from sparse_coding.kernels import FAST_CLASSES
 from sparse_coding.ladder import SAESpec, shares
 from sparse_coding.models import LMSize, layer_of, size_of
-from sparse_coding.sae import ARCHITECTURES
+from sparse_coding.sae import CROSSCODERS, TRAINABLE
 from sparse_coding.text import BATCH_CONTEXTS
 
 ADAM_BYTES = 28
@@ -77,10 +77,16 @@ class Job:
     parallel: Parallel = "ladder"
     n_targets: int = 0
     """Hooks harvested for what transcoders decode alone."""
+    n_joined: int = 1
+    """Hooks that each of the `n_hooks` stands for: more than 1 of crosscoders."""
 
     @property
     def n_harvested(self) -> int:
-        return self.n_hooks + self.n_targets
+        return self.n_hooks * self.n_joined + self.n_targets
+
+    @property
+    def d_in(self) -> int:
+        return self.lm.d_model * self.n_joined
 
     @property
     def n_steps(self) -> int:
@@ -89,7 +95,7 @@ class Job:
     @property
     def n_parameters(self) -> int:
         """Of all SAEs: encoders and decoders; the biases are a thousandth of them."""
-        return self.n_hooks * sum(2 * spec.ratio * self.lm.d_model**2 for spec in self.specs)
+        return self.n_hooks * sum(2 * spec.ratio * self.d_in**2 for spec in self.specs)
 
     @property
     def lm_bytes(self) -> int:
@@ -120,7 +126,7 @@ class Job:
     @property
     def training_bytes(self) -> int:
         """What training takes in the fullest process."""
-        specs, d_in, batch = self.specs, self.lm.d_model, self.batch_tokens
+        specs, d_in, batch = self.specs, self.d_in, self.batch_tokens
         share = 1
         if self.parallel == "ladder":
             parts = shares(specs, self.n_processes)
@@ -172,7 +178,7 @@ class Job:
     @property
     def touched_bytes(self) -> float:
         """Read and written in memory by training, beside the products."""
-        d_in, n_rows = self.lm.d_model, float(self.n_steps) * self.batch_tokens
+        d_in, n_rows = self.d_in, float(self.n_steps) * self.batch_tokens
         if self.is_fast:
             l0 = sum(spec.target_l0 or ASSUMED_L0 for spec in self.specs)
             arrays = n_rows * ACTIVE_BYTES * self.n_hooks * l0 * d_in
@@ -195,7 +201,7 @@ class Job:
         per_step = {
             "ladder": 0,
             "data": 4 * self.n_parameters,
-            "features": 4 * self.batch_tokens * self.n_hooks * len(self.specs) * self.lm.d_model,
+            "features": 4 * self.batch_tokens * self.n_hooks * len(self.specs) * self.d_in,
         }
         return ring * self.n_steps * per_step[self.parallel]
 
@@ -247,10 +253,10 @@ def check_division(job: Job) -> None:
             f"{job.batch_tokens} is not divisible by {n} processes; change either"
         )
     for spec in job.specs:
-        if job.parallel == "features" and spec.ratio * job.lm.d_model % n:
+        if job.parallel == "features" and spec.ratio * job.d_in % n:
             raise UserError(
                 f"{way} gives each process an equal share of the features, and the "
-                f"{spec.ratio * job.lm.d_model} of --ratios {spec.ratio} are not divisible by {n} "
+                f"{spec.ratio * job.d_in} of --ratios {spec.ratio} are not divisible by {n} "
                 "processes; change either"
             )
 
@@ -258,11 +264,12 @@ def check_division(job: Job) -> None:
 def job_of(cfg: RunConfig, specs: Sequence[SAESpec], n_processes: int = 1) -> Job:
     """The run of a configuration; `UserError` if its model or a hook does not exist."""
     lm = size_of(cfg.lm, device=cfg.device, dtype=cfg.dtype)
-    has_kernels = all(ARCHITECTURES[spec.architecture] in FAST_CLASSES for spec in specs)
+    has_kernels = all(TRAINABLE[spec.architecture] in FAST_CLASSES for spec in specs)
     has_kernels = has_kernels and (n_processes == 1 or cfg.parallel == "ladder")
+    n_joined = len(cfg.hook_name) if specs[0].architecture in CROSSCODERS else 1
     return Job(
         lm,
-        len(cfg.hook_name),
+        len(cfg.hook_name) // n_joined,
         max(layer_of(hook_name, lm) for hook_name in cfg.harvested_hooks),
         specs,
         cfg.n_tokens,
@@ -276,6 +283,7 @@ def job_of(cfg: RunConfig, specs: Sequence[SAESpec], n_processes: int = 1) -> Jo
         n_processes,
         cfg.parallel,
         n_targets=len(cfg.harvested_hooks) - len(cfg.hook_name),
+        n_joined=n_joined,
     )
 
 

@@ -17,6 +17,7 @@ No optimizer, no schedule and no device choice here: see `training`.
 """
 
 from sparse_coding.saes.base import SAE, Loss, UntiedSAE
+from sparse_coding.saes.crosscoder import BatchTopKCrosscoderSAE, CrosscoderSAE
 from sparse_coding.saes.gated import GatedSAE
 from sparse_coding.saes.jumprelu import JumpReLU, JumpReLUSAE, TargetJumpReLUSAE
 from sparse_coding.saes.l1 import L1SAE, NormWeightedL1SAE, PAnnealSAE, TiedL1SAE
@@ -25,8 +26,12 @@ from sparse_coding.saes.topk import BatchTopKSAE, TopKSAE, keep_largest
 
 __all__ = [
     "ARCHITECTURES",
+    "CROSSCODERS",
     "SAE",
+    "TRAINABLE",
+    "BatchTopKCrosscoderSAE",
     "BatchTopKSAE",
+    "CrosscoderSAE",
     "GatedSAE",
     "JumpReLU",
     "JumpReLUSAE",
@@ -57,3 +62,10 @@ ARCHITECTURES: dict[str, type[SAE]] = {
         TargetJumpReLUSAE,
     )
 }
+
+CROSSCODERS: dict[str, type[SAE]] = {
+    cls.name: cls for cls in (CrosscoderSAE, BatchTopKCrosscoderSAE)
+}
+"""What learns from several hooks at once; all others learn from each hook by itself."""
+
+TRAINABLE = ARCHITECTURES | CROSSCODERS

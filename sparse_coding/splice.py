@@ -4,16 +4,18 @@ One mask for everything: only rows that the harvest keeps are replaced (`harvest
 only targets predicted from valid positions are counted, for the clean model and every variant.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sparse_coding.harvest import kept_rows
-from sparse_coding.models import LanguageModel
+from sparse_coding.config import hooks_of
+from sparse_coding.harvest import NormLimit, activations, kept_rows
+from sparse_coding.models import LanguageModel, moment_of
 from sparse_coding.text import TokenBatch
 
 Replacement = Callable[[Float[Tensor, "rows d"]], Float[Tensor, "rows d"]]
@@ -29,6 +31,13 @@ class Target(NamedTuple):
     hook_name: str
     max_norm: float
     """Rows of a larger norm at this hook do not count either (`harvest.kept_rows`)."""
+
+
+class Alone(NamedTuple):
+    """Of joined hooks, the replacement of one; the others stay as the model computes them."""
+
+    replace: Replacement
+    hook_name: str
 
 
 class SplicedLosses(NamedTuple):
@@ -47,9 +56,9 @@ def cross_entropies(
     lm: LanguageModel,
     batch: TokenBatch,
     hook_name: str,
-    replacements: Mapping[str, Replacement | None],
+    replacements: Mapping[str, Replacement | Alone | None],
     *,
-    max_norm: float = float("inf"),
+    max_norm: float | Sequence[NormLimit] = float("inf"),
     target: Target | None = None,
 ) -> SplicedLosses:
     """Cross-entropy of the next token, and divergence from the clean model, under replacements.
@@ -59,14 +68,17 @@ def cross_entropies(
     position t; it is counted where t is a valid position and t + 1 no special token. One forward
     pass each, of which only the first runs the blocks before the hook's. With a `target` they are
     functions of the hook's rows that go into the target's, in the same pass.
+
+    Joined hooks (a crosscoder's) are replaced together, by functions of the clean model's rows.
     """
     tokens, valid = batch.tokens.to(lm.device), batch.valid.to(lm.device)
     counted = valid[:, :-1] & valid[:, 1:]
     targets = tokens[:, 1:][counted]
-    earlier = _EarlierBlocks(lm, layer=int(hook_name.split(".")[1]))
+    earlier = _EarlierBlocks(lm, layer=min(moment_of(h)[0] for h in hooks_of(hook_name)))
+    make_hooks = _maker_of_hooks(lm, tokens, hook_name, target)
     result, clean = SplicedLosses({}, {}, counted), None
     for name, replace in replacements.items():
-        hooks = [] if replace is None else _hooks(hook_name, replace, valid, max_norm, target)
+        hooks = [] if replace is None else make_hooks(replace, valid, max_norm)
         with earlier.run_once() as start:
             logits = lm.model.run_with_hooks(
                 tokens, return_type="logits", fwd_hooks=[start, *hooks], use_cache=False
@@ -115,11 +127,24 @@ def _return_input(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
     return hidden_states
 
 
+def _maker_of_hooks(
+    lm: LanguageModel,
+    tokens: Int[Tensor, "contexts position"],
+    place: str,
+    target: Target | None,
+) -> Callable[..., list[Hook]]:
+    """Makes, of a replacement, which positions are valid and the norm limit, what to hang in."""
+    names = hooks_of(place)
+    if len(names) == 1:
+        return partial(_hooks, place, target=target)
+    return partial(_joined_hooks, activations(lm, tokens, names))
+
+
 def _hooks(
     hook_name: str,
     replace: Replacement,
     valid: Bool[Tensor, "contexts position"],
-    max_norm: float,
+    max_norm: float | Sequence[NormLimit],
     target: Target | None,
 ) -> list[Hook]:
     """What to hang into the model: names of hooks and functions."""
@@ -137,6 +162,33 @@ def _hooks(
     if target is None:
         return _put(hook_name, replaced)
     return [(hook_name, lambda x, hook: encoded.append(x)), *_put(target.hook_name, replaced)]
+
+
+def _joined_hooks(
+    read: Mapping[str, Float[Tensor, "contexts position _"]],
+    replace: Replacement | Alone,
+    valid: Bool[Tensor, "contexts position"],
+    max_norm: float | Sequence[NormLimit],
+) -> list[Hook]:
+    """The same for joined hooks, whose rows were `read` in a pass of the clean model.
+
+    Not in the replaced pass: all must be read before the first is replaced, so that none is read
+    as an earlier replacement changed it. Where all are of the residual stream, the last replacement
+    covers the others, but for rows that are left out; `Alone` shows what each of them costs.
+    """
+    chosen = [replace.hook_name] if isinstance(replace, Alone) else sorted(read, key=moment_of)
+    replace = replace.replace if isinstance(replace, Alone) else replace
+    rows = torch.cat(list(read.values()), dim=-1)
+    keep = kept_rows(rows, valid, max_norm)
+    widths = [x.shape[-1] for x in read.values()]
+    parts = dict(zip(read, replace(rows[keep].float()).split(widths, dim=1), strict=True))
+
+    def replaced(x: Tensor, hook: Any, name: str) -> Tensor:
+        x = x.clone()
+        x[keep] = parts[name].to(x.dtype)
+        return x
+
+    return [hook for name in chosen for hook in _put(name, partial(replaced, name=name))]
 
 
 def _put(hook_name: str, replaced: Callable[..., Tensor]) -> list[Hook]:

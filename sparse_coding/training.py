@@ -23,7 +23,7 @@ from sparse_coding.kernels import StepStatistics, make_adam, make_step, set_lr
 from sparse_coding.l0_controller import L0Controller
 from sparse_coding.ladder import SAESpec
 from sparse_coding.processes import ALONE, Processes
-from sparse_coding.sae import ARCHITECTURES, SAE
+from sparse_coding.sae import SAE, TRAINABLE
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,8 @@ class Trainer:
     sample's root-mean-square norm is sqrt(d_in), and every SAE starts centred on its mean, with
     `cfg.initial_l0` active features per row. `prefix` goes before every SAE's name. With a
     `target_width` the SAEs are transcoders (`SAE.retarget`): the last so many columns of all rows
-    are the target, with a scale of its own.
+    are the target, with a scale of its own. Crosscoders are told the `hook_widths` of the hooks
+    whose columns make up d_in; each hook then has a scale of its own.
     """
 
     pool_tokens = 16_384  # inputs among which resampling looks for badly reconstructed ones
@@ -211,6 +212,7 @@ class Trainer:
         sample: Tensor,
         prefix: str = "",
         target_width: int = 0,
+        hook_widths: Sequence[int] = (),
     ) -> None:
         if sample.ndim != 2 or not sample.is_floating_point():
             raise UserError(
@@ -218,12 +220,13 @@ class Trainer:
                 "from; they must be (n, d_in) floating-point numbers"
             )
         self.cfg, self.target_width = cfg, target_width
-        d_in = sample.shape[1] - target_width
-        self.widths = [d_in, target_width] if target_width else [d_in]
+        self.d_in = sample.shape[1] - target_width
+        self.hook_widths = tuple(hook_widths) or (self.d_in,)
+        self.widths = [*self.hook_widths, *([target_width] if target_width else [])]
         self._set_scales([_scale(part) for part in sample.split(self.widths, dim=1)], sample)
         sample = sample * self.column_scales
         self.mean = sample.mean(dim=0)
-        self.resamples = any(ARCHITECTURES[spec.architecture].resamples_dead for spec in specs)
+        self.resamples = any(TRAINABLE[spec.architecture].resamples_dead for spec in specs)
         self.lanes = [self._make_lane(prefix, spec, sample) for spec in self.own(specs)]
         self.n_steps_done = 0
         dtype = accumulator_dtype(sample.device)
@@ -233,7 +236,7 @@ class Trainer:
         self.pool: list[Tensor] = []
 
     def _set_scales(self, scales: Sequence[float], like: Tensor) -> None:
-        """Of each part of the rows: x, then the target if there is one."""
+        """Of each part of the rows: x, hook by hook, then the target if there is one."""
         self.scales = list(scales)
         parts = [like.new_full((w,), s) for w, s in zip(self.widths, scales, strict=True)]
         self.column_scales = torch.cat(parts)
@@ -247,10 +250,10 @@ class Trainer:
 
     def _make_sae(self, spec: SAESpec) -> SAE:
         generator = torch.Generator().manual_seed(spec.seed)
-        d_in = self.widths[0]
-        cls = ARCHITECTURES[spec.architecture]
-        k = {"k": round(spec.target_l0)} if cls.sparsity_is_chosen else {}
-        sae = cls(d_in, spec.ratio * d_in, generator, **k)
+        cls = TRAINABLE[spec.architecture]
+        own: dict[str, Any] = {"k": round(spec.target_l0)} if cls.sparsity_is_chosen else {}
+        own |= {"widths": self.hook_widths} if cls.joins_hooks else {}
+        sae = cls(self.d_in, spec.ratio * self.d_in, generator, **own)
         if self.target_width:
             sae.retarget(self.target_width, generator)
         return sae.to(self.column_scales.device)
@@ -348,7 +351,7 @@ class Trainer:
 
     def _target(self, rows: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch d_out"]:
         """The columns that are reconstructed."""
-        return rows[..., -self.widths[-1] :]
+        return rows[..., -(self.target_width or self.d_in) :]
 
     def raw_mean(self) -> Float[Tensor, " d_out"]:
         """The sample's mean of what is reconstructed, in the units of raw activations."""

@@ -29,6 +29,7 @@ from sparse_coding.checkpoint import load_run, save_run
 from sparse_coding.config import RunConfig
 from sparse_coding.errors import UserError
 from sparse_coding.formats import load_dictionary
+from sparse_coding.formats.crosscoder import save_crosscoder
 from sparse_coding.formats.dictionary_learning import save_dictionary_learning
 from sparse_coding.formats.gemma_scope import save_gemma_scope
 from sparse_coding.formats.openai import save_openai
@@ -39,7 +40,13 @@ from sparse_coding.judge import Endpoint, Judge
 from sparse_coding.ladder import SAESpec
 from sparse_coding.models import load_lm, size_of
 from sparse_coding.runs import Run, run_settings
-from sparse_coding.sae import L1SAE, JumpReLUSAE, MatryoshkaSAE, TopKSAE
+from sparse_coding.sae import (
+    L1SAE,
+    BatchTopKCrosscoderSAE,
+    JumpReLUSAE,
+    MatryoshkaSAE,
+    TopKSAE,
+)
 from sparse_coding.sources import TensorActivations
 from sparse_coding.text_files import FileReader
 from sparse_coding.training import Trainer, TrainingConfig
@@ -60,6 +67,10 @@ class Reader(NamedTuple):
 
 def sae(cls: type, **options) -> torch.nn.Module:
     return cls(D_IN, D_SAE, torch.Generator().manual_seed(0), **options)
+
+
+def crosscoder() -> BatchTopKCrosscoderSAE:
+    return BatchTopKCrosscoderSAE(5, D_SAE, torch.Generator().manual_seed(0), k=2, widths=(3, 2))
 
 
 def matryoshka() -> MatryoshkaSAE:
@@ -210,6 +221,8 @@ READERS = (
     Reader("openai.pt", lambda p: save_openai(sae(L1SAE), p), load_dictionary),
     Reader("before_torch_1.6.pt", write_old_checkpoint, load_dictionary),
     Reader("learned_dicts.pt", write_hoagy, load_dictionary),
+    Reader("crosscoder", lambda p: save_crosscoder(crosscoder(), p, metadata={"hook_name": "a+b"}),
+           load_dictionary),
     Reader("checkpoints", lambda p: save_run(p, 3, parts(), keep=1),
            lambda p: load_run(p, parts())),
     Reader("cache", lambda p: make_cache(p.parent).folder.rename(p), read_cache),

@@ -1,6 +1,6 @@
 """What every dictionary promises, for every architecture there is.
 
-A new architecture joins through `ARCHITECTURES`; another kind of dictionary (PCA, random
+A new architecture joins through `TRAINABLE`; another kind of dictionary (PCA, random
 directions ...) by one line in `DICTIONARIES`.
 """
 
@@ -9,29 +9,34 @@ import copy
 import pytest
 import torch
 
-from sparse_coding.formats.saelens import load_saelens, save_saelens
+from sparse_coding.formats import load_dictionary
+from sparse_coding.formats.crosscoder import save_crosscoder
+from sparse_coding.formats.saelens import save_saelens
 from sparse_coding.kernels import make_adam, make_step
 from sparse_coding.kernels.reference import ReferenceStep
-from sparse_coding.sae import ARCHITECTURES, SAE, BatchTopKSAE, TargetJumpReLUSAE
+from sparse_coding.sae import SAE, TRAINABLE, BatchTopKSAE, TargetJumpReLUSAE
 
 BATCH, D_IN, D_SAE, D_OUT = 7, 12, 20, 9
 L1_COEFF = torch.tensor(0.3)
 
 
 K = {"k": 6}
-OWN = dict.fromkeys(("topk", "batch_topk", "matryoshka"), lambda sae: sae.aux_coeff)
+WIDTHS = (7, 5)  # of the hooks that a crosscoder joins
+TOPK = ("topk", "batch_topk", "matryoshka", "batch_topk_crosscoder")
+OWN = dict.fromkeys(TOPK, lambda sae: sae.aux_coeff)
 OWN["jumprelu_target"] = lambda sae: sae.target_coeff
 
 
 def make_sae(architecture: str) -> SAE:
     """An SAE away from its start, where ties and zero biases could hide a mistake."""
     generator = torch.Generator().manual_seed(4)
-    cls = ARCHITECTURES[architecture]
-    sae = cls(D_IN, D_SAE, generator, **(K if cls.sparsity_is_chosen else {}))
+    cls = TRAINABLE[architecture]
+    joined = {"widths": WIDTHS} if cls.joins_hooks else {}
+    sae = cls(D_IN, D_SAE, generator, **(K if cls.sparsity_is_chosen else {}), **joined)
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
-        if architecture == "batch_topk":
+        if architecture.startswith("batch_topk"):
             sae.threshold.fill_(0.7)
     sae.normalise()
     return sae
@@ -46,8 +51,8 @@ def make_transcoder(architecture: str) -> SAE:
     return sae
 
 
-TRANSCODERS = [name for name, cls in ARCHITECTURES.items() if cls.can_transcode]
-DICTIONARIES = {name: lambda name=name: make_sae(name) for name in ARCHITECTURES}
+TRANSCODERS = [name for name, cls in TRAINABLE.items() if cls.can_transcode]
+DICTIONARIES = {name: lambda name=name: make_sae(name) for name in TRAINABLE}
 DICTIONARIES |= {
     f"{name} transcoder": lambda name=name: make_transcoder(name) for name in TRANSCODERS
 }
@@ -58,7 +63,7 @@ def dictionary(request):
     return DICTIONARIES[request.param]()
 
 
-@pytest.fixture(params=list(ARCHITECTURES))
+@pytest.fixture(params=list(TRAINABLE))
 def sae(request):
     return make_sae(request.param)
 
@@ -66,6 +71,12 @@ def sae(request):
 @pytest.fixture
 def x():
     return 0.5 + 2 * torch.randn(BATCH, D_IN, generator=torch.Generator().manual_seed(5))
+
+
+def saved(sae, folder):
+    if sae.joins_hooks:
+        return save_crosscoder(sae, folder, metadata={"hook_name": "a+b"})
+    return save_saelens(sae, folder, metadata={})
 
 
 def state(module):
@@ -187,14 +198,14 @@ def test_every_parameter_gets_a_gradient_from_the_loss(sae, x):
 
 
 def test_a_saved_sae_comes_back_bit_by_bit(sae, x, tmp_path):
-    loaded = load_saelens(save_saelens(sae, tmp_path / sae.name, metadata={}))
+    loaded = load_dictionary(saved(sae, tmp_path / sae.name))
     assert type(loaded) is type(sae)
     assert_equal_states(state(loaded), state(sae))
     assert torch.equal(loaded.encode(x), sae.encode(x))
 
 
 def test_the_encoder_lies_feature_major_in_memory_also_when_loaded(sae, tmp_path):
-    loaded = load_saelens(save_saelens(sae, tmp_path / sae.name, metadata={}))
+    loaded = load_dictionary(saved(sae, tmp_path / sae.name))
     for each in (sae, loaded, copy.deepcopy(sae), copy.deepcopy(sae).double()):
         assert each.W_enc.T.is_contiguous()
 
@@ -202,7 +213,11 @@ def test_the_encoder_lies_feature_major_in_memory_also_when_loaded(sae, tmp_path
 def test_a_training_step_changes_every_parameter(sae, x):
     before = state(sae)
     ReferenceStep(sae, make_adam(sae, lr=1e-2))(x, L1_COEFF)
-    assert all(not torch.equal(value, before[name]) for name, value in state(sae).items())
+    assert all(
+        not torch.equal(value, before[name])
+        for name, value in state(sae).items()
+        if name != "scales"  # a crosscoder's units
+    )
 
 
 def test_training_on_one_batch_lowers_its_loss(sae, x):
@@ -231,19 +246,23 @@ def test_a_step_gives_adam_no_gradient_along_a_unit_row(sae, x):
     assert along < 1e-6 if sae.has_unit_norm_rows else along > 1e-3
 
 
+def fold(sae, scale):
+    sae.fold_scale(*[scale] * (len(WIDTHS) if sae.joins_hooks else 1))
+
+
 @pytest.mark.parametrize("scale", [0.03, 17.0])
 def test_a_folded_scale_gives_the_scaled_saes_output_in_raw_units(sae, x, scale):
     sae, x = sae.double(), x.double()
     folded = copy.deepcopy(sae)
-    folded.fold_scale(scale)
-    raw = x / scale
-    torch.testing.assert_close(folded.encode(raw), sae.encode(x) / scale, rtol=1e-10, atol=1e-10)
+    fold(folded, scale)
+    raw, unit = x / scale, 1 if sae.joins_hooks else scale
+    torch.testing.assert_close(folded.encode(raw), sae.encode(x) / unit, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(folded(raw), sae(x) / scale, rtol=1e-10, atol=1e-10)
 
 
 def test_a_scale_folds_back(sae):
     sae, before = sae.double(), state(sae.double())
-    sae.fold_scale(17.0)
-    sae.fold_scale(1 / 17.0)
+    fold(sae, 17.0)
+    fold(sae, 1 / 17.0)
     for name, value in state(sae).items():
         torch.testing.assert_close(value, before[name], rtol=1e-14, atol=0)

@@ -13,6 +13,7 @@ from build_notebook import ROOT
 from safetensors.torch import load_file
 from tiny_runs import command, run_in, run_program
 
+from sparse_coding.formats import load_dictionary
 from sparse_coding.formats.saelens import load_saelens
 
 
@@ -153,9 +154,42 @@ def test_transcoders_are_trained_measured_at_their_target_saved_and_evaluated(pl
     assert done.returncode == 2 and "is a transcoder" in done.stderr
 
 
+def test_crosscoders_are_trained_on_all_hooks_measured_saved_and_evaluated(place):
+    hooks = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
+    done = run(
+        place, "--name", "cross", "--hook-name", *hooks, "--ratios", "2",
+        "--architecture", "crosscoder", "batch_topk_crosscoder",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((place / "outputs/runs/cross/summary.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == [
+        f"{name}_x02_l0-6_s0" for name in ("crosscoder", "batch_topk_crosscoder")
+    ]
+    for row in rows:
+        assert row["hook_name"] == "+".join(hooks)
+        assert row["d_sae"] == 2 * row["d_in"] == 48
+        assert max(row["fvu"], *(row[f"fvu_{hook}"] for hook in hooks)) < 0.4
+        loaded = load_dictionary(place / "outputs/runs/cross/saes" / row["name"])
+        assert loaded.joins_hooks and loaded.name == row["architecture"]
+    settings = ("--n-tokens", "1500", "--n-tokens-ce", "600")
+    done = run_program(place, "analysis.evaluate", "outputs/runs/cross", *settings)
+    assert done.returncode == 0, done.stderr
+    again = json.loads((place / "outputs/runs/cross/results/evaluate.json").read_text())["rows"]
+    by_name = {row["name"]: row for row in again}
+    keys = ["l0", "fvu", "ce_sae", "kl", "ce_zero", "n_tokens_eval"]
+    keys += [f"{key}_{hook}" for key in ("fvu", "nats_lost") for hook in hooks]
+    for row in rows:
+        for key in keys:
+            assert by_name[row["name"]][key] == pytest.approx(row[key], rel=1e-4), key
+        assert by_name[row["name"]]["kl_random_error"] > 0
+    done = run_program(place, "analysis.compare_baselines", "outputs/runs/cross")
+    assert done.returncode == 2 and "is a crosscoder" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--architecture", "crosscoder"], "give two or more with --hook-name"),
         (["--target-hook-name", "blocks.0.hook_mlp_out"], "is not computed after --hook-name"),
         (["--target-hook-name", "blocks.1.hook_resid_post"], "is also a --hook-name"),
         (["--target-hook-name", "blocks.9.hook_mlp_out"], "L from 0 to 1"),

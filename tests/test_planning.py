@@ -80,6 +80,27 @@ def test_bytes_are_those_of_a_checkpoint_and_of_finished_saes(cfg, tmp_path):
     assert (streamed.cache_bytes, streamed.buffer_bytes) == (0, 100 * d * 4)
 
 
+def test_crosscoders_are_planned_as_wide_as_their_hooks_together(cfg):
+    names = ("blocks.0.hook_resid_post", HOOK)
+    joined = dataclasses.replace(cfg, hook_name=names, architecture=("crosscoder",))
+    grid = (joined.architecture, cfg.ratios, (), cfg.target_l0, cfg.seed)
+    crosscoders = ladder(*grid, n_hooks=2)
+    planned, x = job_of(joined, crosscoders), torch.randn(cfg.batch_tokens, 2 * 192)
+    training = TrainingConfig(8, cfg.batch_tokens, step="reference")
+    trainer = Trainer(crosscoders, training, x, hook_widths=(192, 192))
+    saes = trainer.finished_saes().values()
+    assert sum(p.nbytes for sae in saes for p in sae.parameters()) == pytest.approx(
+        planned.sae_bytes, rel=0.01
+    )
+    with FlopCounterMode(display=False) as counted:
+        trainer.step(x)
+    # the sixth product is the gradient of a b_dec that is subtracted, which is none here
+    per_step = planned.training_operations / planned.n_steps * 5 / 6
+    assert per_step == pytest.approx(counted.get_total_flops(), rel=0.01)
+    # the tokens' and documents' numbers are kept once
+    assert planned.cache_bytes == pytest.approx(2 * job(cfg).cache_bytes, rel=0.02)
+
+
 def test_processes_share_what_their_mode_lets_them_share(cfg):
     one = job(cfg, n_processes=1)
     whole = {

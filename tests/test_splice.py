@@ -4,9 +4,9 @@ import pytest
 import torch
 from tiny_models import FAMILIES, TEXT, blocks_of, first, load_plain, save_tiny_lm
 
-from sparse_coding.harvest import activations
+from sparse_coding.harvest import NormLimit, activations
 from sparse_coding.models import load_lm
-from sparse_coding.splice import Target, cross_entropies
+from sparse_coding.splice import Alone, Target, cross_entropies
 from sparse_coding.text import TokenBatch
 
 N_CONTEXTS, N_POSITIONS = 5, 13
@@ -60,9 +60,9 @@ def reference_losses(plain, batch):
     return losses, counted
 
 
-def spliced(plain, hook, change):
-    """Handles of torch hooks that put `change(x)` in the place of x in block LAYER."""
-    block, attention, mlp = blocks_of(plain)[LAYER]
+def spliced(plain, hook, change, layer=LAYER):
+    """Handles of torch hooks that put `change(x)` in the place of x in a block."""
+    block, attention, mlp = blocks_of(plain)[layer]
     kind = hook.removeprefix("hook_")
 
     def after(module, inputs, output):
@@ -187,6 +187,61 @@ def test_a_target_gets_what_is_made_of_the_hooks_rows_of_the_same_pass(
         target=Target(names[1], limits[1]),
     )
     torch.testing.assert_close(losses["x"], expected, rtol=0, atol=1e-5)
+
+
+JOINED = [
+    *((f, "1.hook_mlp_out", "0.hook_attn_out") for f in FAMILIES),  # not in the model's order
+    *((f, "0.hook_resid_post", "1.hook_resid_post") for f in FAMILIES),
+    ("llama", "1.hook_resid_post", "1.hook_resid_mid"),
+]
+
+
+@pytest.mark.parametrize(("family", "first", "second"), JOINED)
+def test_joined_hooks_are_all_replaced_by_what_is_made_of_the_clean_models_rows(
+    lms, plains, batch, family, first, second
+):
+    names = [f"blocks.{kind}" for kind in (first, second)]
+    clean = activations(lms[family], batch.tokens, names)
+    norms = [clean[name].norm(dim=-1) for name in names]
+    limits = [norm[batch.valid].quantile(0.8).item() for norm in norms]
+    keep = batch.valid & (norms[0] <= limits[0]) & (norms[1] <= limits[1])
+    assert 0 < keep.sum() < (batch.valid & (norms[0] <= limits[0])).sum()
+
+    def handles_at(name):
+        def change(x):  # each hook gets a function of both
+            other = clean[names[1 - names.index(name)]]
+            return torch.where(keep[..., None], 0.5 - clean[name] + 0.3 * other, x)
+
+        _, layer, kind = name.split(".")
+        return spliced(plains[family], kind, change, int(layer))
+
+    def replace(x):
+        a, b = x.chunk(2, dim=1)
+        return torch.cat([0.5 - a + 0.3 * b, 0.5 - b + 0.3 * a], dim=1)
+
+    parts = {"clean": None, "all": replace} | {name: Alone(replace, name) for name in names}
+    found, *_ = cross_entropies(
+        lms[family],
+        batch,
+        "+".join(names),
+        parts,
+        max_norm=[NormLimit(norm, limit) for norm, limit in zip([12, 12], limits, strict=True)],
+    )
+    for which, at in {"all": names, **{name: [name] for name in names}}.items():
+        handles = [handle for name in at for handle in handles_at(name)]
+        with torch.no_grad():
+            expected, _ = reference_losses(plains[family], batch)
+        for handle in handles:
+            handle.remove()
+        torch.testing.assert_close(found[which], expected, rtol=0, atol=1e-5)
+        assert (found[which] - found["clean"]).abs().max() > 0.01
+
+
+def test_joined_hooks_put_back_as_they_are_change_nothing(lms, batch):
+    place = "blocks.0.hook_resid_mid+blocks.2.hook_resid_pre+blocks.1.hook_attn_out"
+    replacements = {"clean": None, "same": lambda x: x.clone()}
+    losses, *_ = cross_entropies(lms["gpt2"], batch, place, replacements)
+    torch.testing.assert_close(losses["same"], losses["clean"], rtol=0, atol=1e-5)
 
 
 def test_zero_ablation_equals_a_torch_hook_that_writes_zeros(lms, plains, batch):

@@ -1,4 +1,7 @@
-"""Dictionaries of other libraries, read and written; each module is one library's layout."""
+"""Dictionaries as files, read and written; each module is one library's layout.
+
+All but `crosscoder`, which is our own: no library here has a layout for crosscoders.
+"""
 
 from importlib import import_module
 from pathlib import Path
@@ -9,7 +12,9 @@ import torch
 from sparse_coding.dictionary import Dictionary
 from sparse_coding.errors import UserError
 
-FORMATS = ("saelens", "sparsify", "gemma_scope", "dictionary_learning", "openai", "hoagy")
+FORMATS = (
+    "saelens", "sparsify", "gemma_scope", "dictionary_learning", "openai", "hoagy", "crosscoder",
+)  # fmt: skip
 
 
 def load_dictionary(path: str | Path, device: torch.device | str = "cpu") -> Dictionary:

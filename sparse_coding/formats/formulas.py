@@ -14,10 +14,13 @@ def formulas(cls: type[SAE], known: Iterable[type[SAE]]) -> type[SAE] | None:
 def refuse_what_cannot_be_said(
     sae: SAE, known: Iterable[type[SAE]], library: str, has_transcoders: bool = False
 ) -> None:
-    """`UserError` for a class or an encoder of its own, a transcoder, or thresholds below 0.
+    """`UserError` for what has no words there: crosscoders, transcoders, a class or an encoder of
+    its own, thresholds below 0.
 
     Behind a ReLU, as all others have it, a threshold below 0 would silence what ours lets through.
     """
+    if sae.joins_hooks:
+        raise UserError(f"{library} has no crosscoders; save it with formats.crosscoder")
     cls, known = type(sae), tuple(known)
     expected = formulas(cls, known)
     if expected is None:

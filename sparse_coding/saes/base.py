@@ -236,7 +236,7 @@ class SAE(Dictionary):
 
 def feature_dimension(name: str) -> int | None:
     """Along which dimension a parameter has one entry per feature; None: it is not theirs."""
-    return {"b_dec": None, "W_enc": 1}.get(name, 0)
+    return {"b_dec": None, "scales": None, "W_enc": 1}.get(name, 0)
 
 
 class UntiedSAE(SAE):
