@@ -3,6 +3,7 @@
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -36,6 +37,15 @@ def format_of(path: Path) -> str:
     raise UserError(
         f"{path} holds no dictionary that is known here; it must be of: {', '.join(FORMATS)}"
     )
+
+
+def training_facts(path: Path) -> dict[str, Any]:
+    """What a dictionary's own files say of its training, in our words; {} where they say nothing.
+
+    `lm`, `hook_name` (as far as they name it), `text`, `context_length` and others; None is
+    nothing. Values are as they stand there, of any type.
+    """
+    return getattr(_module(format_of(path)), "training_facts", lambda _: {})(path)
 
 
 def _module(name: str) -> ModuleType:
