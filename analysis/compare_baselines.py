@@ -15,22 +15,18 @@ Writes results/compare_baselines.json.
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
-
-import tyro
+from typing import TYPE_CHECKING, Literal
 
 from analysis.program import (
-    MeasureConfig,
     Row,
+    SourceConfig,
     print_table,
-    refuse_no_run,
     results_path,
     run_program,
     write_results,
 )
 from sparse_coding.errors import UserError
-from sparse_coding.settings import Count, CountOrZero, OutputFile, Ratio, Seed
+from sparse_coding.settings import Count, CountOrZero, Ratio, Seed
 
 if TYPE_CHECKING:
     from analysis.subjects import Material, Subject
@@ -43,11 +39,9 @@ CONTROLS = ("untrained", "frozen_decoder")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(SourceConfig):
     """What is compared with what."""
 
-    run: Annotated[Path, tyro.conf.Positional]
-    """A finished run's folder."""
     ratios: tuple[Ratio, ...] = ()
     """Of the run's SAEs only those of these ratios; empty: all."""
     families: tuple[Literal[(*CONTROLS, *FITTED)], ...] = (*CONTROLS, *FITTED)
@@ -55,7 +49,8 @@ class Config:
     random_lms: tuple[Literal["random", "shuffled"], ...] = ("random", "shuffled")
     """Also train and compare SAEs on the run's model with random or shuffled weights."""
     n_tokens_train: CountOrZero = 0
-    """Activations that controls and families learn from; 0: as many as the run's SAEs."""
+    """Activations that controls and families learn from; 0: as many as the run's SAEs, without a
+    run 300,000."""
     n_tokens_ica: Count = 20_000
     """Of them, how many ICA sees: it holds them all in memory, in float64."""
     ica_iterations: Count = 200
@@ -66,12 +61,6 @@ class Config:
     """Of them, tokens for cross-entropy, which needs a run of the model per dictionary."""
     seed: Seed = 0
     """Of random directions, rotations, ICA's start and the choice of contexts."""
-    device: str = "auto"
-    """auto (CUDA, then MPS, then CPU) or a torch device."""
-    output: OutputFile | None = None
-    """Results file; by default results/compare_baselines.json in the run."""
-    overwrite: bool = False
-    """Replace the results file if it exists."""
 
 
 TABLE = {
@@ -88,12 +77,12 @@ TABLE = {
 
 def main(cfg: Config) -> None:
     """Fit and train, measure, print, write."""
-    refuse_no_run(cfg.run)
-
+    from analysis.controls import without_trained
     from analysis.subjects import Material, by_origin, load_subjects
 
-    path = results_path(cfg, "compare_baselines", [cfg.run])
-    subjects = load_subjects([str(cfg.run)], MeasureConfig(device=cfg.device))
+    subjects = load_subjects([cfg.source], cfg)
+    path = results_path(cfg, "compare_baselines", [subject.run for subject in subjects])
+    cfg = without_trained(cfg, subjects)
     ratios = sorted({subject.facts["ratio"] for subject in subjects})
     subjects = [s for s in subjects if not cfg.ratios or s.facts["ratio"] in cfg.ratios]
     if not subjects:
@@ -116,17 +105,18 @@ def compare(cfg: Config, material: "Material", group: "list[Subject]") -> list[R
     """
     import torch
 
-    from analysis.controls import RETRAINED, TrainingActivations, controls, run_config
+    from analysis.controls import RETRAINED, TrainingActivations, controls, run_config, run_of
     from analysis.matched import Families, PairedEvaluation, entries, measure, scattered
 
     origin = material.origin
-    activations = TrainingActivations(run_config(cfg.run, origin), material, cfg.n_tokens_train)
+    run = run_of(cfg, group)
+    activations = TrainingActivations(run_config(run, origin), material, cfg.n_tokens_train)
     if origin.lm == group[0].origin.lm:
         by_kind = {"sae": {subject.name: subject.dictionary for subject in group}}
         kinds = [kind for kind in CONTROLS if kind in cfg.families]
     else:
         by_kind, kinds = {}, [RETRAINED]
-    by_kind |= {kind: controls(kind, cfg.run, group, activations) for kind in kinds}
+    by_kind |= {kind: controls(kind, run, group, activations) for kind in kinds}
     names = [name for name in FITTED if name in cfg.families]
     families = Families(activations, names, cfg.n_tokens_ica, cfg.ica_iterations, cfg.seed)
 
@@ -141,7 +131,9 @@ def compare(cfg: Config, material: "Material", group: "list[Subject]") -> list[R
     for subject in group:
         name = subject.name
         about = {"lm": origin.lm, "hook_name": origin.hook_name, "sae": name}
-        about |= {f"sae_{key}": subject.facts[key] for key in ("architecture", "ratio", "seed")}
+        about |= {
+            f"sae_{key}": subject.facts.get(key) for key in ("architecture", "ratio", "seed")
+        }
         about["n_tokens_fit"] = activations.n_tokens
         own = {kind: saes[name] for kind, saes in by_kind.items() if name in saes}
         for entry in entries(name, max(1, round(l0[name])), own, families):

@@ -11,11 +11,13 @@ import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from analysis.program import SourceConfig
 from analysis.subjects import Material, Origin, Subject
 from sparse_coding.baselines import frozen_decoder
 from sparse_coding.cache import ActivationCache, CachedActivations, open_cache
@@ -33,10 +35,38 @@ from sparse_coding.training import Lane, Trainer, training_config
 SAMPLE_TOKENS = 8192  # as in easy_training_base.py: the start and the scale depend on it
 UNTRAINED, FROZEN = "untrained", "frozen_decoder"
 RETRAINED = "sae"  # the SAEs themselves, trained again: what other activations make of them
+Settings = TypeVar("Settings", bound=SourceConfig)
 
 
-def run_config(run: Path, origin: Origin) -> RunConfig:
-    """The configuration that a run was started with, for one of its hooks' origins."""
+def run_of(cfg: SourceConfig, subjects: Sequence[Subject]) -> Path | None:
+    """The run whose settings and activations controls are of; None if there is no such run."""
+    is_moved = any(getattr(cfg, field.name, None) for field in dataclasses.fields(Origin))
+    return None if is_moved else subjects[0].run
+
+
+def without_trained(cfg: Settings, subjects: Sequence[Subject]) -> Settings:
+    """The settings; without a run, those without what only a run can train, which is printed."""
+    if run_of(cfg, subjects) is not None:
+        return cfg
+    lost = [name for name in cfg.families if name in (UNTRAINED, FROZEN)]
+    changes = {"families": tuple(name for name in cfg.families if name not in lost)}
+    if hasattr(cfg, "random_lms"):
+        lost += [f"the model with {how} weights" for how in cfg.random_lms]
+        changes["random_lms"] = ()
+    if lost:
+        print(f"left out, for only a run knows how to train them: {', '.join(lost)}")
+    return dataclasses.replace(cfg, **changes)
+
+
+def run_config(run: Path | None, origin: Origin) -> RunConfig:
+    """The configuration that a run was started with, for one of its hooks' origins.
+
+    Without a run: how one would harvest the origin's activations.
+    """
+    if run is None:
+        return RunConfig(**dataclasses.asdict(origin) | {
+            "hook_name": (origin.hook_name,), "target_hook_name": None,
+        })  # fmt: skip
     saved = read_object(run / "config.json", "config")["config"]
     fields = {field.name for field in dataclasses.fields(RunConfig)} & saved.keys()
     values = {

@@ -17,10 +17,11 @@ from analysis.controls import (
     TrainingActivations,
     controls,
     run_config,
+    run_of,
 )
 from analysis.matched import Families
-from analysis.program import ConceptConfig, MeasureConfig
-from analysis.subjects import Material, Origin, Subject, load_subjects
+from analysis.program import ConceptConfig
+from analysis.subjects import Material, Origin, Subject
 from analysis.units import ConceptReading, Family
 from sparse_coding.baselines import neuron_basis
 from sparse_coding.concepts import ConceptCorpus, concept_documents, find_concepts
@@ -36,8 +37,8 @@ AIM = 4  # the ratio that is studied unless one is asked for
 L0_TOKENS = 8192
 
 
-class OpenedRun(NamedTuple):
-    """A run's SAEs, all of one hook, its language model, and the concept corpus in its tokens."""
+class Opened(NamedTuple):
+    """Dictionaries of one hook, their language model, and the concept corpus in its tokens."""
 
     subjects: list[Subject]
     ratio: int
@@ -55,23 +56,25 @@ class OpenedRun(NamedTuple):
         return [subject for subject in self.subjects if subject.facts["ratio"] == self.ratio]
 
 
-def open_run(cfg: ConceptConfig, ratio: int, concepts: Sequence[str] = ()) -> OpenedRun:
+def open_subjects(
+    cfg: ConceptConfig, subjects: list[Subject], ratio: int, concepts: Sequence[str] = ()
+) -> Opened:
     """`ratio` 0: the one nearest to 4; no names of concepts: all."""
     wanted = find_concepts(concepts)
-    subjects = load_subjects([str(cfg.run)], MeasureConfig(device=cfg.device))
     material = Material(only_origin(subjects), cfg.device)
     corpus = concept_documents(
         material.lm.tokenizer, cfg.n_tokens, n_documents=cfg.n_documents, concepts=wanted
     )
-    return OpenedRun(subjects, chosen_ratio(subjects, ratio), material, corpus)
+    return Opened(subjects, chosen_ratio(subjects, ratio), material, corpus)
 
 
-def every_family(cfg: "Config") -> Iterator[list[Family]]:
-    """The run's SAEs ratio by ratio, beginning with the one that others are set against."""
-    run = open_run(cfg, cfg.ratio, cfg.concepts)
-    subjects, ratio, material, corpus = run
-    origin, group = material.origin, run.of_ratio
-    activations = TrainingActivations(run_config(cfg.run, origin), material, cfg.n_tokens_train)
+def every_family(cfg: "Config", subjects: list[Subject]) -> Iterator[list[Family]]:
+    """The dictionaries ratio by ratio, beginning with the one that others are set against."""
+    opened = open_subjects(cfg, subjects, cfg.ratio, cfg.concepts)
+    subjects, ratio, material, corpus = opened
+    origin, group = material.origin, opened.of_ratio
+    settings = run_config(run_of(cfg, group), origin)
+    activations = TrainingActivations(settings, material, cfg.n_tokens_train)
     mlp_hook = mlp_of(origin.hook_name) if "mlp_neurons" in cfg.families else None
     hooks = [origin.hook_name, *([mlp_hook] if mlp_hook else [])]
     reading = ConceptReading(material, corpus, hooks)
@@ -125,7 +128,7 @@ def mlp_neurons(reading: ConceptReading, hook_name: str) -> Dictionary:
 
 
 def facts_of(subject: Subject) -> dict[str, int | str | None]:
-    return {key: subject.facts[key] for key in ("ratio", "seed")}
+    return {key: subject.facts.get(key) for key in ("ratio", "seed")}
 
 
 def mean_l0(dictionary: Dictionary, reading: ConceptReading) -> float:
@@ -141,7 +144,7 @@ def of_control(
     reading: ConceptReading, k: int, name: str | None = None,
 ) -> list[Family]:  # fmt: skip
     """The controls of a group's SAEs, seed by seed."""
-    made = controls(kind, cfg.run, group, activations)
+    made = controls(kind, run_of(cfg, group), group, activations)
     hook = reading.hooks[0]
     return [
         Family(name or kind, hook, made[s.name], facts_of(s), reading, k)
@@ -175,8 +178,7 @@ def retrained(
     origin = group[0].origin
     lm = f"{origin.lm.partition('@')[0]}@{how}"
     material = Material(dataclasses.replace(origin, lm=lm), cfg.device)
-    activations = TrainingActivations(
-        run_config(cfg.run, material.origin), material, cfg.n_tokens_train
-    )
+    settings = run_config(run_of(cfg, group), material.origin)
+    activations = TrainingActivations(settings, material, cfg.n_tokens_train)
     reading = ConceptReading(material, corpus, [origin.hook_name])
     return of_control(RETRAINED, cfg, group, activations, reading, k, f"sae_{how}_lm")

@@ -27,7 +27,6 @@ from analysis.program import (
     Row,
     finite,
     print_table,
-    refuse_no_run,
     results_path,
     run_program,
     write_results,
@@ -68,12 +67,11 @@ def main(cfg: Config) -> None:
     """Read the corpus, search, measure, print, write."""
     if len(set(cfg.concepts)) < 2:
         raise UserError("name two or more different --concepts")
-    refuse_no_run(cfg.run)
-    path = results_path(cfg, "find_units", [cfg.run])
 
     from tqdm import tqdm
 
-    from analysis.families import mlp_of, open_run
+    from analysis.families import mlp_of, open_subjects
+    from analysis.subjects import load_subjects
     from analysis.units import ConceptReading
     from sparse_coding.concepts import find_concepts, recipe
 
@@ -81,11 +79,13 @@ def main(cfg: Config) -> None:
         raise UserError(
             "leave out one of the concepts: others are what the named are compared with"
         )
-    run = open_run(cfg, cfg.ratio)
-    sae, origin = run.of_ratio[0], run.material.origin
-    mlp_hook = mlp_of(run.hook_name)
-    hooks = [run.hook_name, *([mlp_hook] if mlp_hook else [])]
-    reading = ConceptReading(run.material, run.corpus, hooks)
+    subjects = load_subjects([cfg.source], cfg)
+    path = results_path(cfg, "find_units", [subject.run for subject in subjects])
+    opened = open_subjects(cfg, subjects, cfg.ratio)
+    sae, origin = opened.of_ratio[0], opened.material.origin
+    mlp_hook = mlp_of(opened.hook_name)
+    hooks = [opened.hook_name, *([mlp_hook] if mlp_hook else [])]
+    reading = ConceptReading(opened.material, opened.corpus, hooks)
     searched = list(families(cfg, reading, sae.dictionary, mlp_hook))
     rows: list[Row] = []
     for name, hook, dictionary in tqdm(searched, desc="searching", unit="family"):

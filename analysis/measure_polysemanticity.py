@@ -35,7 +35,6 @@ from analysis.program import (
     ConceptConfig,
     Row,
     print_table,
-    refuse_no_run,
     results_path,
     run_program,
     write_results,
@@ -78,7 +77,8 @@ class Config(ConceptConfig):
     n_effects: CountOrZero = 8
     """Units of each dictionary's first seed that are taken out of the model; 0: none."""
     n_tokens_train: CountOrZero = 0
-    """Activations that controls and bases learn from; 0: as many as the run's SAEs."""
+    """Activations that controls and bases learn from; 0: as many as the run's SAEs, without a
+    run 300,000."""
     n_tokens_ica: Count = 10_000
     """Of them, how many ICA sees."""
     ica_iterations: Count = 200
@@ -116,22 +116,25 @@ CONTRASTS = {
 
 def main(cfg: Config) -> None:
     """Read the corpus, measure family by family, print, write."""
-    refuse_no_run(cfg.run)
     if cfg.rate not in cfg.rates:
         raise UserError(
             f"--rate {cfg.rate} is not one of --rates {', '.join(map(str, cfg.rates))}"
         )
-    path = results_path(cfg, "polysemanticity", [cfg.run])
 
+    from analysis.controls import without_trained
     from analysis.families import every_family
+    from analysis.subjects import load_subjects
     from analysis.units import Conditions
     from sparse_coding.concepts import recipe
 
+    subjects = load_subjects([cfg.source], cfg)
+    path = results_path(cfg, "polysemanticity", [subject.run for subject in subjects])
+    cfg = without_trained(cfg, subjects)
     conditions = Conditions(cfg.rates)
     rows: list[Row] = []
     measured: list[Measured] = []
     device = "cpu"
-    for group in every_family(cfg):
+    for group in every_family(cfg, subjects):
         found, new = measure(cfg, conditions, group)
         measured.append(found)
         rows += new

@@ -37,10 +37,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from analysis.program import (
     ConceptConfig,
-    MeasureConfig,
     Row,
     print_table,
-    refuse_no_run,
     results_path,
     run_program,
     write_results,
@@ -77,7 +75,8 @@ class Config(ConceptConfig):
     concepts: tuple[str, ...] = ()
     """Names of concepts; none: all."""
     n_tokens_train: CountOrZero = 0
-    """Activations that controls and PCA learn from; 0: as many as the run's SAEs."""
+    """Activations that controls and PCA learn from; 0: as many as the run's SAEs, without a
+    run 300,000."""
     seed: Seed = 0
     """Of random directions, shuffled labels and draws."""
 
@@ -103,18 +102,19 @@ TABLES = {
 
 def main(cfg: Config) -> None:
     """Read the corpus, probe family by family, print, write."""
-    refuse_no_run(cfg.run)
     if not cfg.ks:
         raise UserError("--ks needs at least one value")
     if len(set(cfg.concepts)) == 1:
         raise UserError("--concepts names one concept; a probe needs another to tell it from")
-    path = results_path(cfg, "probe_concepts", [cfg.run])
 
+    from analysis.controls import without_trained
     from analysis.subjects import Material, by_origin, load_subjects
     from sparse_coding.concepts import concept_documents, find_concepts, recipe
 
     concepts = find_concepts(cfg.concepts)
-    subjects = load_subjects([str(cfg.run)], MeasureConfig(device=cfg.device))
+    subjects = load_subjects([cfg.source], cfg)
+    path = results_path(cfg, "probe_concepts", [subject.run for subject in subjects])
+    cfg = without_trained(cfg, subjects)
     ratios = sorted({subject.facts["ratio"] for subject in subjects})
     subjects = [s for s in subjects if not cfg.ratios or s.facts["ratio"] in cfg.ratios]
     if not subjects:
@@ -142,7 +142,7 @@ def probe_hook(
 
     from analysis.concept_probes import make_task
     from analysis.concept_study import Study
-    from analysis.controls import TrainingActivations, run_config
+    from analysis.controls import TrainingActivations, run_config, run_of
     from analysis.families import mlp_of
     from analysis.units import ConceptReading
     from sparse_coding.runs import check_memory
@@ -152,7 +152,8 @@ def probe_hook(
     advice = "ask for fewer --n-documents or smaller --ratios"
     check_memory(n_bytes, torch.device("cpu"), "features of documents", advice)
     # Before the corpus is read: they bring the norm limit that the SAEs were trained with.
-    activations = TrainingActivations(run_config(cfg.run, origin), material, cfg.n_tokens_train)
+    run = run_of(cfg, group)
+    activations = TrainingActivations(run_config(run, origin), material, cfg.n_tokens_train)
     mlp_hook = mlp_of(hook) if "mlp_neurons" in cfg.families else None
     hooks = [name for name in dict.fromkeys((hook, mlp_hook)) if name]
     reading = ConceptReading(material, corpus, hooks)
@@ -170,7 +171,7 @@ def every_family(
 ) -> "Iterator[Probed]":  # fmt: skip
     """Ratio by ratio, from the smallest; then what has none."""
     from analysis.concept_probes import Probed
-    from analysis.controls import UNTRAINED, controls
+    from analysis.controls import UNTRAINED, controls, run_of
     from analysis.families import mlp_neurons
     from analysis.matched import Families
 
@@ -178,7 +179,9 @@ def every_family(
     names = [name for name in FITTED if name in cfg.families]
     fitted = Families(activations, names, 1, 1, cfg.seed) if names else None
     untrained = (
-        controls(UNTRAINED, cfg.run, group, activations) if UNTRAINED in cfg.families else {}
+        controls(UNTRAINED, run_of(cfg, group), group, activations)
+        if UNTRAINED in cfg.families
+        else {}
     )
 
     def family(facts: Row, d_sae: int) -> Probed:

@@ -58,24 +58,30 @@ class MeasureConfig:
     """Replace the results file if it exists."""
 
 
-@dataclass(frozen=True)
-class ConceptConfig:
-    """What the programs share that read the concept corpus with a run's language model."""
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig(MeasureConfig):
+    """What the programs share that set dictionaries against others of the same activations.
 
-    run: Annotated[Path, tyro.conf.Positional]
-    """A finished run's folder, best one with several ratios and seeds."""
+    Controls that are trained (untrained and frozen-decoder SAEs, SAEs of other models) need the
+    settings of a run, and are of its own activations: without a run, or with flags that name other
+    activations, they are left out.
+    """
+
+    source: Annotated[str, tyro.conf.Positional]
+    """A finished run's folder, best one with several ratios and seeds; or one dictionary: an SAE's
+    folder, one of another library, a release."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConceptConfig(SourceConfig):
+    """What the programs share that read the concept corpus with a dictionary's language model."""
+
     n_documents: Count = 200
     """Documents of each concept and source."""
     n_tokens: Count = 64
     """Tokens of a document."""
     n_draws: Draws = 1000
     """Bootstrap draws of the documents."""
-    device: str = "auto"
-    """auto (CUDA, then MPS, then CPU) or a torch device."""
-    output: OutputFile | None = None
-    """Results file; by default results/PROGRAM.json in the run."""
-    overwrite: bool = False
-    """Replace the results file if it exists."""
 
 
 Config = TypeVar("Config")
@@ -86,12 +92,6 @@ def run_program(config: type[Config], main: Callable[[Config], None]) -> None:
     report_user_errors_in_one_line()
     description = (sys.modules["__main__"].__doc__ or "").strip()
     main(read_settings(config, description=description))
-
-
-def refuse_no_run(folder: Path) -> None:
-    """`UserError` if this is no run's folder."""
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is no run's folder: it holds no config.json")
 
 
 def results_path(cfg: Any, program: str, runs: Iterable[Path | None]) -> Path:

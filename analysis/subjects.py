@@ -20,7 +20,7 @@ from sparse_coding.config import hooks_of
 from sparse_coding.dictionary import Dictionary
 from sparse_coding.errors import UserError
 from sparse_coding.evaluation import Evaluation, take_tokens
-from sparse_coding.formats import load_dictionary
+from sparse_coding.formats import load_dictionary, training_facts
 from sparse_coding.harvest import NormLimit, Rows, hook_width, norm_limit, side_by_side
 from sparse_coding.models import (
     LanguageModel,
@@ -56,7 +56,7 @@ class Subject(NamedTuple):
     """One dictionary to measure."""
 
     name: str
-    """Unique among the loaded: its folder's name, after the run's where two are alike."""
+    """Unique among the loaded: its folder's name, after those above it where two are alike."""
     dictionary: Dictionary
     origin: Origin
     facts: dict[str, Any]
@@ -81,10 +81,8 @@ def load_subjects(
     """
     if not sources:
         raise UserError("name at least one run folder, dictionary or release")
-    subjects = [
-        _load(source, path, cfg) for source in sources for path in _dictionary_paths(source)
-    ]
-    names = [subject.name for subject in subjects]
+    paths = [(source, path) for source in sources for path in _dictionary_paths(source)]
+    subjects = [_load(source, path, cfg) for source, path in paths]
     for subject in subjects:
         kinds = {"transcoder": subject.dictionary.is_transcoder,
                  "crosscoder": subject.dictionary.joins_hooks}  # fmt: skip
@@ -94,10 +92,8 @@ def load_subjects(
                 "reconstructs the one hook that it encodes; analysis.evaluate, interpret_units "
                 f"and collect_dashboard take {kind}s"
             )
-    return [
-        subject._replace(name=_longer_name(subject)) if names.count(subject.name) > 1 else subject
-        for subject in subjects
-    ]
+    names = _told_apart([subject.name for subject in subjects], [path for _, path in paths])
+    return [s._replace(name=name) for s, name in zip(subjects, names, strict=True)]
 
 
 def _dictionary_paths(source: str) -> list[Path]:
@@ -114,15 +110,16 @@ def _load(source: str, path: Path, cfg: MeasureConfig) -> Subject:
     dictionary = load_dictionary(path, choose_device(cfg.device)).float().requires_grad_(False)
     run = _run_folder(path)
     said: dict[str, Any] = {}
-    for what in (_said_by_release(source), _said_by_file(path), _said_by_run(run)):
+    for what in (_said_by_release(source), training_facts(path), _said_by_run(run)):
         said |= {key: value for key, value in what.items() if value is not None}
     keys = Origin.__dataclass_fields__
     given = {key: getattr(cfg, key) for key in keys if getattr(cfg, key, None)}
     settings = {key: said[key] for key in keys if key in said} | given
     for key in ("lm", "hook_name"):
         if key not in settings:
-            flag = key.replace("_", "-")
-            raise UserError(f"{path} does not say its {flag}; give --{flag}")
+            flag, module = f"--{key.replace('_', '-')}", said.get("module")
+            says = f"calls its place {module!r}" if module and key != "lm" else "does not say it"
+            raise UserError(f"give {flag}, as TransformerLens calls it: {path} {says}")
     if not dictionary.is_transcoder:
         if cfg.target_hook_name:
             given = f"--target-hook-name {cfg.target_hook_name}"
@@ -134,15 +131,26 @@ def _load(source: str, path: Path, cfg: MeasureConfig) -> Subject:
     facts = {"architecture": getattr(dictionary, "name", "unknown")}
     facts |= {key: said[key] for key in FACTS if key in said}
     facts |= {"d_in": dictionary.d_in, "d_sae": dictionary.d_sae}
+    facts.setdefault("ratio", _ratio(dictionary))
     name = (
         path.name if run is None else str(path.absolute().relative_to((run / "saes").absolute()))
     )
     return Subject(name, dictionary, Origin(**settings), facts, run)
 
 
-def _longer_name(subject: Subject) -> str:
-    before = subject.origin.hook_name if subject.run is None else subject.run.name
-    return f"{before}/{subject.name}"
+def _told_apart(names: list[str], paths: list[Path]) -> list[str]:
+    """The names; those that are alike become longer by folders until they differ."""
+    parts = [[part for part in path.absolute().parts if part != "saes"] for path in paths]
+    for n in range(2, max(map(len, parts)) + 1):
+        alike = {name for name in names if names.count(name) > 1}
+        names = [
+            "/".join(of[-n:]) if name in alike else name
+            for name, of in zip(names, parts, strict=True)
+        ]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise UserError(f"{twice[0]} is named twice")
+    return names
 
 
 def _run_folder(path: Path) -> Path | None:
@@ -154,22 +162,9 @@ def _run_folder(path: Path) -> Path | None:
     return None
 
 
-def _said_by_file(path: Path) -> dict[str, Any]:
-    """SAELens's folders, ours among them, carry metadata; other formats say less or nothing."""
-    if not (path / "cfg.json").is_file():
-        return {}
-    config = read_object(path / "cfg.json")
-    metadata = config.get("metadata")
-    said = config | (metadata if isinstance(metadata, dict) else {})
-    bos = {"True": "always", "False": "never"}.get(str(said.get("prepend_bos")))
-    return said | {
-        "lm": said.get("model_name"),
-        "target_hook_name": said.get("hook_name_out"),
-        "text": said.get("dataset_path"),
-        "context_length": said.get("context_size"),
-        "bos": bos,
-        "dtype": None,  # of the dictionary, not of the language model
-    }
+def _ratio(dictionary: Dictionary) -> int | float:
+    whole, rest = divmod(dictionary.d_sae, dictionary.d_in)
+    return whole if not rest else round(dictionary.d_sae / dictionary.d_in, 3)
 
 
 def _said_by_run(run: Path | None) -> dict[str, Any]:

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from analysis.families import facts_of, open_run
+from analysis.families import facts_of, open_subjects
 from analysis.program import ConceptConfig, Row
-from analysis.subjects import Subject
+from analysis.subjects import Subject, load_subjects
 from analysis.units import ConceptReading, Conditions, Family, choose_units, observe
 from analysis.validate_polysemanticity import (
     halves,
@@ -34,7 +34,8 @@ def real_features(cfg: "Config") -> tuple[list[Row], str]:
     Which features are single is decided on source A; sums and singles are measured on source B.
     There is no limit: what a feature of A stands for in other people's text is not known.
     """
-    opened = open_run(ConceptConfig(cfg.run, cfg.n_documents, device=cfg.device), cfg.ratio)
+    of = ConceptConfig(source=str(cfg.run), n_documents=cfg.n_documents, device=cfg.device)
+    opened = open_subjects(of, load_subjects([of.source], of), cfg.ratio)
     hook = opened.hook_name
     subject = opened.of_ratio[0] if cfg.ratio else max(opened.subjects, key=ratio_of)
     reading = ConceptReading(opened.material, opened.corpus, [hook])

@@ -92,6 +92,8 @@ class Release(NamedTuple):
             chosen += there
         by_path = {d.path: d for d in self.dictionaries}
         chosen += [by_path.get(path, Dictionary(path, path)) for path in paths]
+        if not chosen and not self.dictionaries and self.files:
+            raise UserError(f"{self.name}: name a dictionary with --file. {self.about}")
         return chosen or list(self.dictionaries)
 
     def _named(self, name: str) -> Dictionary:

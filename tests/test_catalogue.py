@@ -67,3 +67,10 @@ def test_a_wrong_release_is_refused_in_one_line(name):
     assert "\n" not in str(error.value)
     if name.startswith("pythia"):
         assert "pythia-70m-deduped-sm" in str(error.value)
+
+
+def test_a_release_that_lists_no_dictionaries_asks_for_one():
+    release = find_release("sae-pythia-160m-32x")
+    with pytest.raises(UserError, match="name a dictionary with --file"):
+        release.choose([], [], [])
+    assert [d.path for d in release.choose([], [], ["layers.3"])] == ["layers.3"]

@@ -365,7 +365,7 @@ def test_the_figure_refuses_rows_that_it_cannot_draw(compared):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["outputs/runs/none"], "outputs/runs/none is no run's folder"),
+        (["outputs/runs/none"], "outputs/runs/none does not exist"),
         ([str(RUN), "--ratios", "3"], "no SAE of these --ratios; it has [1, 4]"),
         ([str(RUN), "--n-tokens", "0"], "--n-tokens 0 is not possible"),
         ([str(RUN), "--n-tokens-ica", "5", "--families", "ica"], "too few for ICA"),

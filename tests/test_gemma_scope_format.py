@@ -37,11 +37,15 @@ def refusal(path):
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["layer_12", "embedding", "gemma_scope_2"])
+TRANSCODERS = ("gemma-scope-2b-pt-transcoders/layer_3", "transcoder")
+
+
+@pytest.mark.parametrize("name", ["layer_12", "embedding", "gemma_scope_2", *TRANSCODERS])
 def test_golden_files_encode_and_decode_as_saelens_recorded(name):
     recorded = load_file(GOLDEN / name / "recorded.safetensors")
     sae = load_dictionary(GOLDEN / name)
     assert sae.name == "jumprelu"
+    assert sae.is_transcoder == (name in TRANSCODERS)
     with torch.no_grad():
         torch.testing.assert_close(sae.encode(recorded["x"]), recorded["f"], **ROUNDING)
         torch.testing.assert_close(sae.decode(recorded["f"]), recorded["x_hat"], **ROUNDING)
@@ -172,9 +176,8 @@ CONFIG = {
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"type": "transcoder"}, "is a transcoder or crosscoder"),
-        ({"type": "crosscoder"}, "is a transcoder or crosscoder"),  # with one hook name
-        ({"hf_hook_point_out": "model.layers.17.mlp.output"}, "is a transcoder or crosscoder"),
+        ({"type": "crosscoder"}, "is a crosscoder"),  # with one hook name
+        ({"type": "transcoder", "affine_connection": True}, "a skip connection"),
         ({"architecture": "topk"}, "architecture is 'topk'; supported is 'jump_relu'"),
         (None, "is not a configuration of Gemma Scope"),
     ],
@@ -202,7 +205,29 @@ def test_an_saes_configuration_is_followed_also_where_it_says_less(golden, absen
 )
 def test_a_transcoder_without_a_configuration_is_known_by_its_folder(golden, tmp_path, folder):
     shutil.copytree(golden, tmp_path / folder)
-    assert "is a transcoder or crosscoder" in refusal(tmp_path / folder)
+    assert load_gemma_scope(tmp_path / folder).is_transcoder
+    assert not load_gemma_scope(golden).is_transcoder
+
+
+@pytest.mark.parametrize(
+    "changes", [{"type": "transcoder"}, {"hf_hook_point_out": "model.layers.17.mlp.output"}]
+)
+def test_a_transcoder_is_known_by_its_configuration(golden, changes):
+    (golden / "config.json").write_text(json.dumps(CONFIG | changes))
+    assert load_gemma_scope(golden).is_transcoder
+
+
+@pytest.mark.parametrize("folder", ["crosscoder/layer_5_w_16k", "clt_all/layer_5_w_16k"])
+def test_a_crosscoder_without_a_configuration_is_refused(golden, tmp_path, folder):
+    shutil.copytree(golden, tmp_path / folder)
+    assert "is a crosscoder" in refusal(tmp_path / folder)
+
+
+def test_a_transcoder_is_not_written_for_nothing_in_the_file_would_say_so(tmp_path):
+    sae = JumpReLUSAE(16, 20, torch.Generator())
+    sae.retarget(16, torch.Generator())
+    with pytest.raises(UserError, match="Gemma Scope has no transcoders"):
+        save_gemma_scope(sae, tmp_path / "a")
 
 
 @pytest.mark.parametrize("threshold", [np.array(0.5, np.float32), np.full(1, 0.5, np.float32)])

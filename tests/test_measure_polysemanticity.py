@@ -107,7 +107,7 @@ def test_the_figure_shows_every_family(measured):
 @pytest.mark.parametrize(
     ("program", "arguments", "message"),
     [
-        ("measure_polysemanticity", ["nowhere"], "nowhere is no run's folder"),
+        ("measure_polysemanticity", ["nowhere"], "nowhere"),
         ("measure_polysemanticity", ["outputs/runs/whole", "--rate", "0.5"], "--rate 0.5 is not"),
         (
             "measure_polysemanticity",

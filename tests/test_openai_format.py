@@ -136,6 +136,22 @@ def test_ours_is_written_in_the_layout_of_v1(tmp_path, x, name):
         save_openai(sae, path)
 
 
+def test_a_topk_of_theirs_is_written_as_their_module_wrote_it(tmp_path):
+    theirs = read_checkpoint(GOLDEN / "topk.pt")
+    path = save_openai(load_openai(GOLDEN / "topk.pt"), tmp_path / "a.pt")
+    written = read_checkpoint(path)
+    assert written.keys() == theirs.keys()
+    for name, value in theirs.items():
+        if not isinstance(value, torch.Tensor):
+            assert written[name] == value
+        elif not name.startswith(("stats", "latents")):  # of their training
+            assert torch.equal(written[name], value)
+    changed = load_openai(path)
+    changed.inner.b_dec.data += 1.0
+    again = load_openai(save_openai(changed, tmp_path / "b.pt"))
+    assert torch.equal(again.W_dec, changed.W_dec)
+
+
 @pytest.mark.parametrize(
     "name", [n for n in ARCHITECTURES if n not in ("l1", "tied_l1", "p_anneal")]
 )

@@ -6,6 +6,7 @@ All but `crosscoder`, which is our own: no library here has a layout for crossco
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -41,6 +42,15 @@ def format_of(path: Path) -> str:
     raise UserError(
         f"{path} holds no dictionary that is known here; it must be of: {', '.join(FORMATS)}"
     )
+
+
+def training_facts(path: Path) -> dict[str, Any]:
+    """What a dictionary's own files say of its training, in our words; {} where they say nothing.
+
+    `lm`, `hook_name` (as far as they name it), `text`, `context_length` and others; None is
+    nothing. Values are as they stand there, of any type.
+    """
+    return getattr(_module(format_of(path)), "training_facts", lambda _: {})(path)
 
 
 def _module(name: str) -> ModuleType:

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from sparse_coding.errors import UserError
 from sparse_coding.formats.formulas import formulas, refuse_what_cannot_be_said
+from sparse_coding.formats.hooks import hook_of
 from sparse_coding.formats.unpickle import contents, read_checkpoint, write_state_dict
 from sparse_coding.sae import (
     ARCHITECTURES,
@@ -145,6 +146,21 @@ def load_dictionary_learning(path: str | Path, device: torch.device | str = "cpu
     return sae.to(device)
 
 
+def training_facts(path: Path) -> dict[str, Any]:
+    """What config.json says of the training, if there is one."""
+    path = path / WEIGHTS if path.is_dir() else path
+    trainer, buffer = _read_config(path)
+    module = trainer.get("submodule_name")
+    return {
+        "lm": trainer.get("lm_name"),
+        "hook_name": hook_of(trainer.get("hook_name", module)),
+        "module": module,
+        "context_length": buffer.get("ctx_len"),
+        "architecture": trainer.get("dict_class"),
+        "seed": trainer.get("seed"),
+    }
+
+
 def save_dictionary_learning(
     sae: SAE, folder: str | Path, *, metadata: dict[str, Any], overwrite: bool = False
 ) -> Path:
@@ -184,15 +200,21 @@ def _read_state(path: Path) -> dict[str, Tensor]:
 
 def _read_trainer(path: Path) -> dict[str, Any]:
     """What config.json says of the training; nothing in the layout of December 2023."""
+    trainer, buffer = _read_config(path)
+    if buffer.get("io") == "in_and_out":
+        raise UserError(
+            f"{path.parent} holds a transcoder, whose output is no reconstruction; SAEs only"
+        )
+    return trainer
+
+
+def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What config.json says of the trainer, and of the buffer."""
     folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     parts = (config.get(key) if isinstance(config, dict) else {} for key in ("trainer", "buffer"))
     trainer, buffer = (part if isinstance(part, dict) else {} for part in parts)
-    if buffer.get("io") == "in_and_out":
-        raise UserError(
-            f"{folder} holds a transcoder, whose output is no reconstruction; SAEs only"
-        )
-    return trainer
+    return trainer, buffer
 
 
 def _their_class(path: Path, keys: set[str], trainer: dict[str, Any]) -> str:

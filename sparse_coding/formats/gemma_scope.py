@@ -3,14 +3,15 @@
     f = pre * (pre > threshold),   pre = x W_enc + b_enc,   x_hat = f W_dec + b_dec
 
 which is `JumpReLUSAE`, with one threshold per feature and orientations equal to ours; b_dec is not
-subtracted from the input. Gemma Scope 2 writes w_enc and w_dec. Transcoders and crosscoders have
+subtracted from the input. Gemma Scope 2 writes w_enc and w_dec. Transcoders hold the same tensors
+and are read as such; an affine skip connection (what it adds is no feature's) and crosscoders have
 no class here.
 
 The first release's SAEs of the folder `embedding` were trained on rows of Gemma's embedding
 matrix, which the model multiplies by sqrt(d_in) before its first block. Here, as in
 TransformerLens (`hook_embed`) and SAELens, x is the product: W_enc is divided by sqrt(d_in) and
 W_dec multiplied. Nothing in the file says so, and nothing says that it is a transcoder of the
-first release: the names of the folders, as published, do.
+first release: the names of the folders, as published, do. So no transcoder is written.
 """
 
 import re
@@ -19,6 +20,7 @@ from collections.abc import Iterable, Mapping
 from functools import reduce
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +28,7 @@ from torch import Tensor
 
 from sparse_coding.errors import UserError
 from sparse_coding.formats.formulas import refuse_what_cannot_be_said
+from sparse_coding.formats.hooks import hook_of
 from sparse_coding.formats.tensors import check_tensors, read_tensors
 from sparse_coding.sae import SAE, JumpReLUSAE
 from sparse_coding.storage import atomic_path, read_json
@@ -34,9 +37,8 @@ ARCHIVE, TENSORS, CONFIG = "params.npz", "params.safetensors", "config.json"
 NAMES = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")  # theirs and ours
 SPELLINGS = {"w_enc": "W_enc", "w_dec": "W_dec"}  # Gemma Scope 2's: ours
 MAX_RATIO = 8  # of the arrays to the archive: float32 weights deflate by 1.1, bfloat16 ones by 2.3
-OTHERS = re.compile(
-    r"gemma-scope[^/]*-transcoders/|/(transcoder|crosscoder|clt)(_all)?/[^/]+/[^/]+$"
-)
+TRANSCODERS = re.compile(r"gemma-scope[^/]*-transcoders/|/transcoder(_all)?/[^/]+/[^/]+$")
+CROSSCODERS = re.compile(r"/(crosscoder|clt)(_all)?/[^/]+/[^/]+$")
 
 
 def recognises(path: Path) -> bool:
@@ -47,21 +49,23 @@ def recognises(path: Path) -> bool:
 
 
 def load_gemma_scope(path: str | Path, device: torch.device | str = "cpu") -> SAE:
-    """The SAE in a Gemma Scope folder or parameter file, of raw activations.
+    """The SAE or transcoder in a Gemma Scope folder or parameter file, of raw activations.
 
     In float32 from an archive, in the file's own dtype otherwise. Thresholds below 0 become 0, as
-    a JumpReLU with a ReLU in it acts. `UserError` for a transcoder or crosscoder, a missing or
-    damaged file, a pickled array, NaN or infinity, names or shapes that disagree.
+    a JumpReLU with a ReLU in it acts. `UserError` for a skip connection or a crosscoder, a missing
+    or damaged file, a pickled array, NaN or infinity, names or shapes that disagree.
     """
     path = Path(path)
     if path.is_dir():
         path = path / (ARCHIVE if (path / ARCHIVE).is_file() else TENSORS)
     tensors = _read_archive(path) if path.suffix == ".npz" else read_tensors(path)
-    _refuse_what_is_no_sae(path, tensors)
+    is_transcoder = _is_transcoder(path, tensors)
     tensors = _in_our_names(path, tensors)
     d_in, d_sae = tensors["W_enc"].shape if "W_enc" in tensors else (0, 0)
-    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_enc": (d_sae,)}
-    shapes |= {"b_dec": (d_in,), "threshold": (d_sae,)}
+    W_dec = tensors.get("W_dec") if is_transcoder else None
+    d_out = d_in if W_dec is None or W_dec.ndim != 2 else W_dec.shape[1]
+    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_enc": (d_sae,)}
+    shapes |= {"b_dec": (d_out,), "threshold": (d_sae,)}
     check_tensors(path, tensors, shapes, "an SAE of Gemma Scope")
     scale = _embedding_scale(path, d_in)
     tensors["W_enc"] = tensors["W_enc"] / scale
@@ -69,9 +73,18 @@ def load_gemma_scope(path: str | Path, device: torch.device | str = "cpu") -> SA
     tensors["threshold"] = tensors["threshold"].clamp(min=0)
     # A generator of its own: loading must not advance the global random stream.
     sae = JumpReLUSAE(d_in, d_sae, torch.Generator())
+    if is_transcoder:
+        sae.retarget(d_out, torch.Generator())
     sae.to(reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values())))
     sae.load_state_dict(tensors)
     return sae.to(device)
+
+
+def training_facts(path: Path) -> dict[str, Any]:
+    """What Gemma Scope 2's config.json says; the first release says nothing."""
+    facts = _read_facts(path if path.is_dir() else path.parent)
+    module = facts.get("hf_hook_point_in")
+    return {"lm": facts.get("model_name"), "hook_name": hook_of(module), "module": module}
 
 
 def save_gemma_scope(sae: SAE, folder: str | Path, *, overwrite: bool = False) -> Path:
@@ -109,23 +122,30 @@ def _in_our_names(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
     return named
 
 
-def _refuse_what_is_no_sae(path: Path, names: Iterable[str]) -> None:
-    config = path.parent / CONFIG
+def _is_transcoder(path: Path, names: Iterable[str]) -> bool:
+    """Whether it decodes another place's activations; `UserError` for what has no class here."""
+    facts, place = _read_facts(path.parent), path.absolute().as_posix()
+    kind = facts.get("type", "sae")
+    if kind not in ("sae", "transcoder") or CROSSCODERS.search(place):
+        raise UserError(f"{path} is a crosscoder; only SAEs and transcoders are supported")
+    if "affine_skip_connection" in names or facts.get("affine_connection"):
+        raise UserError(f"{path} is a transcoder with a skip connection, which is not supported")
+    if facts.get("architecture", "jump_relu") != "jump_relu":
+        raise UserError(
+            f"{path.parent / CONFIG}: architecture is {facts['architecture']!r}; supported is "
+            "'jump_relu'"
+        )
+    hook = facts.get("hf_hook_point_in")
+    is_elsewhere = facts.get("hf_hook_point_out", hook) != hook
+    return kind == "transcoder" or is_elsewhere or bool(TRANSCODERS.search(place))
+
+
+def _read_facts(folder: Path) -> dict[str, Any]:
+    config = folder / CONFIG
     facts = read_json(config) if config.is_file() else {}
     if not isinstance(facts, dict):
         raise UserError(f"{config} is not a configuration of Gemma Scope: no JSON object")
-    hook = facts.get("hf_hook_point_in")
-    is_sae = facts.get("type", "sae") == "sae" and facts.get("hf_hook_point_out", hook) == hook
-    if (
-        not is_sae
-        or "affine_skip_connection" in names
-        or OTHERS.search(path.absolute().as_posix())
-    ):
-        raise UserError(f"{path} is a transcoder or crosscoder; only SAEs are supported")
-    if facts.get("architecture", "jump_relu") != "jump_relu":
-        raise UserError(
-            f"{config}: architecture is {facts['architecture']!r}; supported is 'jump_relu'"
-        )
+    return facts
 
 
 def _read_archive(path: Path) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@
                           mean and standard deviation (ddof 1), and x_hat = std * z_hat + mean
 
 The nn.Linear weights `encoder.weight` and `decoder.weight` are transposes of ours. A TopK of ours
-cannot be written: theirs always standardises.
+cannot be written: theirs always standardises. One that was read from their file can.
 """
 
 from pathlib import Path
@@ -101,19 +101,29 @@ def load_openai(path: str | Path, device: torch.device | str = "cpu") -> Diction
     return (StandardisedDictionary(sae) if cls is TopKSAE else sae).to(device)
 
 
-def save_openai(sae: SAE, path: str | Path, *, overwrite: bool = False) -> Path:
-    """Write an `L1SAE` (or tied) of raw activations as a .pt file; it is whole or absent.
+def save_openai(
+    sae: SAE | StandardisedDictionary, path: str | Path, *, overwrite: bool = False
+) -> Path:
+    """Write an `L1SAE` (or tied) of raw activations, or a `StandardisedDictionary`, as a .pt file.
 
-    The layout has no place for metadata. `UserError` for a class with another formula, or if the
-    file exists and `overwrite` is not set.
+    It is whole or absent. The layout has no place for metadata. `UserError` for a class with
+    another formula, or if the file exists and `overwrite` is not set.
     """
-    refuse_what_cannot_be_said(sae, (L1SAE, TiedL1SAE), "OpenAI's layout")
+    settings: dict[str, Any] = {}
+    if isinstance(sae, StandardisedDictionary):
+        sae = sae.inner
+        refuse_what_cannot_be_said(sae, (TopKSAE,), "OpenAI's layout")
+        of_topk = {"k": sae.k, "postact_fn": "ReLU"}
+        settings = {ACTIVATION: "TopK", SETTINGS: of_topk}
+        settings |= dict(zip(REPEATED, of_topk.values(), strict=True))
+    else:
+        refuse_what_cannot_be_said(sae, (L1SAE, TiedL1SAE), "OpenAI's layout")
     path = Path(path)
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists; choose another name or allow overwriting")
     tensors = {theirs: _turned(theirs, getattr(sae, ours)) for theirs, ours in NAMES.items()}
     silent = torch.zeros(sae.d_sae)  # their statistics of a training, which is not known here
-    return write_state_dict(path, tensors | dict.fromkeys(STATISTICS, silent))
+    return write_state_dict(path, tensors | dict.fromkeys(STATISTICS, silent), settings)
 
 
 def _turned(name: str, tensor: Tensor) -> Tensor:

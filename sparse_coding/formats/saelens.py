@@ -45,7 +45,7 @@ from sparse_coding.sae import (
     TiedL1SAE,
     TopKSAE,
 )
-from sparse_coding.storage import read_json, whole_folder, write_json
+from sparse_coding.storage import read_json, read_object, whole_folder, write_json
 
 CONFIG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
 recognises = partial(holds_files, names=(CONFIG, WEIGHTS))
@@ -174,6 +174,23 @@ def load_saelens(folder: str | Path, device: torch.device | str = "cpu") -> SAE:
     weights = _fold(weights, config, cls)
     sae.load_state_dict({name: weights[name] for name in sae.state_dict()})
     return sae.to(device)
+
+
+def training_facts(folder: Path) -> dict[str, Any]:
+    """What cfg.json says of the training."""
+    config = read_object(folder / CONFIG)
+    metadata = config.get("metadata")
+    said = config | (metadata if isinstance(metadata, dict) else {})
+    hook_name = said.get("hook_name", said.get("hook_point"))  # before 3 it was a point
+    return said | {
+        "lm": said.get("model_name"),
+        "hook_name": hook_name,
+        "target_hook_name": said.get("hook_name_out"),
+        "text": said.get("dataset_path"),
+        "context_length": said.get("context_size"),
+        "bos": {"True": "always", "False": "never"}.get(str(said.get("prepend_bos"))),
+        "dtype": None,  # of the dictionary, not of the language model
+    }
 
 
 def _written_as(sae: SAE) -> tuple[str, str]:

@@ -21,11 +21,13 @@ from torch import Tensor
 from sparse_coding.errors import UserError
 from sparse_coding.formats.folders import holds_files
 from sparse_coding.formats.formulas import refuse_what_cannot_be_said
+from sparse_coding.formats.hooks import hook_of
 from sparse_coding.formats.tensors import check_tensors, read_tensors, write_tensors
 from sparse_coding.sae import SAE, BatchTopKSAE, TopKSAE
-from sparse_coding.storage import read_json, whole_folder, write_json
+from sparse_coding.storage import read_json, read_object, whole_folder, write_json
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
+RUN_CONFIG = "config.json"  # of the run, which its dictionaries lie in
 recognises = partial(holds_files, names=(CONFIG, WEIGHTS))
 NAMES = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
 # What the configuration may say, beside the sizes; absent in older or newer files.
@@ -49,6 +51,28 @@ def load_sparsify(folder: str | Path, device: torch.device | str = "cpu") -> SAE
     sae = TopKSAE(d_in, d_sae, torch.Generator(), k=k).to(tensors["W_dec"].dtype)
     sae.load_state_dict({ours: _turned(theirs, tensors[theirs]) for theirs, ours in NAMES.items()})
     return sae.to(device)
+
+
+def training_facts(folder: Path) -> dict[str, Any]:
+    """What the run's config.json says, one folder up, and the folder's own name: a module's.
+
+    The two are believed where the configuration names that module.
+    """
+    config = folder.absolute().parent / RUN_CONFIG
+    run = read_object(config) if config.is_file() else {}
+    points, name = run.get("hookpoints"), folder.absolute().name
+    facts = read_object(folder / CONFIG)
+    facts = {"hook_name": hook_of(facts.get("hook_name")), "lm": facts.get("model_name")}
+    if not isinstance(points, list) or name not in points:
+        return facts
+    return facts | {
+        "lm": run.get("model"),
+        "hook_name": hook_of(name),
+        "module": name,
+        "text": run.get("dataset"),
+        "text_field": run.get("text_column"),
+        "context_length": run.get("ctx_len"),
+    }
 
 
 def save_sparsify(

@@ -93,11 +93,16 @@ def read_checkpoint(path: str | Path, classes: Iterable[str] = ()) -> Any:
     return content
 
 
-def write_state_dict(path: str | Path, tensors: Mapping[str, Tensor]) -> Path:
-    """Write tensors as a state dict that `torch.load` reads; the file is whole or absent."""
+def write_state_dict(
+    path: str | Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any] | None = None
+) -> Path:
+    """Write tensors as a state dict that `torch.load` reads; the file is whole or absent.
+
+    `settings`: texts, numbers and dictionaries of them that stand beside the tensors.
+    """
     plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        torch.save(plain, file)
+        torch.save(plain | dict(settings or {}), file)
     return Path(path)
 
 

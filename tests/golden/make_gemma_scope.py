@@ -14,7 +14,12 @@ from unittest import mock
 
 import numpy as np
 import torch
-from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
+from sae_lens import (
+    JumpReLUSAE,
+    JumpReLUSAEConfig,
+    JumpReLUTranscoder,
+    JumpReLUTranscoderConfig,
+)
 from sae_lens.loading import pretrained_sae_loaders as loaders
 from safetensors.torch import save_file
 
@@ -30,7 +35,11 @@ CONFIG = {
 def record(folder: Path, weights: dict[str, torch.Tensor]) -> None:
     known = {key: CONFIG[key] for key in CONFIG if key not in ("architecture", "device")}
     del known["finetuning_scaling_factor"]
-    sae = JumpReLUSAE(JumpReLUSAEConfig(**known))
+    if "transcoder" in str(folder):
+        d_out = weights["W_dec"].shape[1]
+        sae = JumpReLUTranscoder(JumpReLUTranscoderConfig(**known, d_out=d_out))
+    else:
+        sae = JumpReLUSAE(JumpReLUSAEConfig(**known))
     sae.load_state_dict(weights)
     x = 2 * torch.randn(11, 5)
     with torch.no_grad():
@@ -39,13 +48,17 @@ def record(folder: Path, weights: dict[str, torch.Tensor]) -> None:
     save_file(recorded, folder / "recorded.safetensors")
 
 
-def write_safetensors(name: str, random: np.random.Generator) -> None:
+def write_safetensors(
+    name: str, random: np.random.Generator, theirs: str, d_out: int = 5, **changes: str
+) -> None:
     """Gemma Scope 2, with the keys and the kinds of values that its config.json has."""
     folder = HERE / name
     folder.mkdir(parents=True, exist_ok=True)
     names = {"W_enc": "w_enc", "W_dec": "w_dec"}
+    sizes = SHAPES | {"W_dec": (7, d_out), "b_dec": (d_out,)}
     arrays = {
-        names.get(key, key): random.standard_normal(SHAPES[key], np.float32) for key in SHAPES
+        names.get(key, key): random.standard_normal(size, np.float32)
+        for key, size in sizes.items()
     }
     arrays["threshold"] = np.abs(arrays["threshold"])
     tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
@@ -55,7 +68,7 @@ def write_safetensors(name: str, random: np.random.Generator) -> None:
         "hf_hook_point_in": hook, "hf_hook_point_out": hook, "width": 7,
         "model_name": "google/gemma-3-270m-pt", "architecture": "jump_relu", "l0": 3,
         "affine_connection": False, "type": "sae",
-    }  # fmt: skip
+    } | changes  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config) + "\n")
 
     def download(*args: str, **kwargs: str) -> str:  # repository and file come first
@@ -67,22 +80,23 @@ def write_safetensors(name: str, random: np.random.Generator) -> None:
         mock.patch.object(loaders, "get_safetensors_tensor_shapes", lambda *_: shapes),
     ):
         _, weights, _ = loaders.gemma_3_sae_huggingface_loader(
-            "google/gemma-scope-2-270m-pt", "resid_post/layer_12_width_16k_l0_small"
+            "google/gemma-scope-2-270m-pt", theirs
         )
     record(folder, weights)
 
 
-def write_npz(name: str, random: np.random.Generator) -> None:
+def write_npz(name: str, random: np.random.Generator, kind: str = "") -> None:
     folder = HERE / name
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {key: random.standard_normal(shape, np.float32) for key, shape in SHAPES.items()}
     arrays["threshold"] = np.abs(arrays["threshold"])
     np.savez(folder / "params.npz", **arrays)
     with (
-        mock.patch.object(loaders, "get_gemma_2_config_from_hf", lambda *_: dict(CONFIG)),
+        mock.patch.object(loaders, f"get_gemma_2_{kind}config_from_hf", lambda *_: dict(CONFIG)),
         mock.patch.object(loaders, "hf_hub_download", lambda **_: str(folder / "params.npz")),
     ):
-        _, weights, _ = loaders.gemma_2_sae_huggingface_loader("owner/name", name)
+        load = getattr(loaders, f"gemma_2_{kind or 'sae_'}huggingface_loader")
+        _, weights, _ = load("owner/name", name)
     record(folder, weights)
 
 
@@ -91,4 +105,11 @@ if __name__ == "__main__":
     numbers = np.random.default_rng(0)
     write_npz("layer_12", numbers)
     write_npz("embedding", numbers)
-    write_safetensors("gemma_scope_2", numbers)
+    write_safetensors("gemma_scope_2", numbers, "resid_post/layer_12_width_16k_l0_small")
+    write_npz("gemma-scope-2b-pt-transcoders/layer_3", numbers, "transcoder_")
+    write_safetensors(
+        "transcoder", numbers, "transcoder/layer_12_width_16k_l0_small", d_out=6,
+        hf_hook_point_in="model.layers.12.pre_feedforward_layernorm.output",
+        hf_hook_point_out="model.layers.12.post_feedforward_layernorm.output",
+        type="transcoder",
+    )  # fmt: skip
