@@ -32,7 +32,7 @@ import itertools
 import sys
 
 from sparse_coding.cache import CachedActivations
-from sparse_coding.checkpoint import StopSignal, load_run, save_run
+from sparse_coding.checkpoint import StopSignal, load_run, save_run, saved_at_an_error
 from sparse_coding.evaluation import Evaluation, density_histogram, evaluate, take_tokens
 from sparse_coding.formats.saelens import save_saelens
 from sparse_coding.harvest import (
@@ -96,6 +96,7 @@ def token_batches(split):
 
 # %%
 run.start()
+stop = StopSignal()  # from here on SIGINT and SIGTERM end the run in one line, to be resumed
 rows = Rows(lm, lambda: token_batches("train"), cfg.harvested_hooks)
 if cfg.cache:
     settings = cache_settings(cfg, lm.identity, text.fingerprint_fields())
@@ -132,9 +133,13 @@ parts = {"source": sources, **trainers}
 step = load_run(run.checkpoints, parts) if cfg.resume else 0
 run.cut_log(step)
 
-stop = StopSignal()
-with Reporter(run, n_steps, step) as reporter:
-    for batch in itertools.islice(sources, n_steps - step):
+
+def save():
+    save_run(run.checkpoints, step, parts, cfg.keep_checkpoints)
+
+
+with Reporter(run, n_steps, step) as reporter, stop.awaited():
+    for batch in saved_at_an_error(itertools.islice(sources, n_steps - step), save):
         for hook_name, trainer in trainers.items():
             trainer.step(side_by_side(batch, cfg.columns(hook_name)))
         step += 1
@@ -142,10 +147,9 @@ with Reporter(run, n_steps, step) as reporter:
         if step % cfg.log_every == 0 or step == n_steps:
             reporter.log([row for trainer in trainers.values() for row in trainer.metrics()])
         if step % cfg.checkpoint_every == 0 or step == n_steps or stop.name:
-            save_run(run.checkpoints, step, parts, cfg.keep_checkpoints)
+            save()
         if stop.name:
             sys.exit(f"stopped by {stop.name} at step {step} of {n_steps}; go on with --resume")
-stop.restore()
 
 # %% [markdown]
 # ## Measure on held-out documents and save
@@ -184,6 +188,7 @@ for hook_name, trainer in trainers.items():
 run.write_result("summary.json", results)
 run.write_result("results/feature_density.json", densities)
 print_results(results)
+stop.restore()
 
 # %% [markdown]
 # ## A few features

@@ -17,7 +17,6 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -363,8 +362,7 @@ class CachedActivations(ShuffledRows):
         self._is_pinned = self.device.type != "cpu" and torch.cuda.is_available()
 
     def load(self, numbers: Iterable[int]) -> Iterator[Float32[Tensor, "batch d_in"]]:
-        jobs = (partial(self._read, number) for number in numbers)
-        yield from map(self._to_device, ahead(jobs, self.prefetch))
+        yield from map(self._to_device, ahead(map(self._read, numbers), self.prefetch))
 
     def _read(self, number: int) -> Tensor:
         rows = self.cache.rows(self.hook_name, self.indices(number))

@@ -9,6 +9,9 @@ import hashlib
 import re
 import shutil
 import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol, runtime_checkable
@@ -80,7 +83,10 @@ def load_newest_checkpoint(folder: Path) -> tuple[int, dict[str, Tensor]] | None
             continue
         return int(_PATTERN.fullmatch(path.name)[1]), tensors
     if damaged:
-        raise UserError(f"every checkpoint in {folder} is damaged: {', '.join(damaged)}")
+        raise UserError(
+            f"every checkpoint in {folder} is damaged: {', '.join(damaged)}; give --overwrite to "
+            "train from the start (cached activations stay)"
+        )
     return None
 
 
@@ -134,11 +140,24 @@ def _integer_or_tensor(value: Tensor) -> int | Tensor:
     return int(value) if is_integer else value
 
 
+def saved_at_an_error(batches: Iterable[Any], save: Callable[[], object]) -> Iterator[Any]:
+    """The same batches; if they break off with an error, all that was learnt is saved first."""
+    try:
+        yield from batches
+    except UserError:
+        save()
+        raise
+
+
 class StopSignal:
-    """Remembers SIGINT and SIGTERM, so that a step is finished and saved; a second one kills."""
+    """SIGINT and SIGTERM end the program with a line; a second one kills.
+
+    While the signal is awaited it only sets `name`, so that a step is finished and saved.
+    """
 
     def __init__(self) -> None:
         self.name = ""
+        self._is_awaited = False
         self._before = {
             number: signal.signal(number, self._receive)
             for number in (signal.SIGINT, signal.SIGTERM)
@@ -147,6 +166,20 @@ class StopSignal:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.name = signal.Signals(number).name
         self.restore()
+        if not self._is_awaited:
+            self._end()
+
+    def _end(self) -> None:
+        sys.exit(f"stopped by {self.name}; go on with --resume")
+
+    @contextmanager
+    def awaited(self) -> Iterator[None]:
+        """Within, who asks for `name` ends the program; one who did not ends with the block."""
+        self._is_awaited = True
+        yield
+        self._is_awaited = False
+        if self.name:
+            self._end()
 
     def restore(self) -> None:
         """Give the signals back to their former handlers."""

@@ -7,6 +7,7 @@ from types import TracebackType
 MAX_CHARACTERS = 4000
 BAD_INPUT = 2
 """The exit status of programs whose arguments or files are wrong, as argparse has it."""
+INTERRUPTED = 130
 
 
 # A password in an address, what follows a header's Bearer, and keys by the look of them.
@@ -35,12 +36,15 @@ class UserError(ValueError):
 
 def report_user_errors_in_one_line() -> None:
     """Print an uncaught `UserError` as `error: ...` without a traceback; exit status 2, as of
-    arguments that no parser takes."""
+    arguments that no parser takes. Control-C is a line and status 130, as shells have it."""
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if issubclass(kind, UserError):
             print(f"error: {error}", file=sys.stderr)
             sys.exit(BAD_INPUT)
+        if issubclass(kind, KeyboardInterrupt):
+            print("stopped by SIGINT", file=sys.stderr)
+            sys.exit(INTERRUPTED)
         sys.__excepthook__(kind, error, trace)
 
     sys.excepthook = hook

@@ -9,7 +9,7 @@ import itertools
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -144,8 +144,7 @@ class Rows:
 
     def token_batches(self) -> Iterator[TokenBatch]:
         """The text's contexts, once; a thread makes them while the model runs."""
-        jobs = itertools.repeat(partial(next, iter(self.make_batches()), None))
-        return itertools.takewhile(lambda batch: batch is not None, ahead(jobs))
+        return ahead(self.make_batches())
 
     def __iter__(self) -> Iterator[KeptRows]:
         """One pass over the text."""

@@ -26,6 +26,7 @@ from sparse_coding.storage import (
 FREE_TO_CHANGE = {
     "preset", "plan", "resume", "overwrite", "output", "log_every", "checkpoint_every",
     "keep_checkpoints", "tensorboard", "wandb", "n_tokens_eval", "n_tokens_ce",
+    "skip_broken_lines",  # a run that has met a broken line has read nothing behind it
 }  # fmt: skip
 
 

@@ -45,7 +45,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with disk_errors_in_one_line(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         try:
             yield temporary
             with open(temporary, "rb") as file:
@@ -70,6 +70,14 @@ def _umask() -> int:
     umask = os.umask(0)
     os.umask(umask)
     return umask
+
+
+def _make_folder(folder: Path) -> None:
+    """With all above it; what is new outlives a power cut, as the files in it do."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in new:
+        _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -110,6 +118,7 @@ def _put_in_place(written: Path, folder: Path) -> None:
         folder.rename(retired)
     try:
         written.rename(folder)
+        _sync_folder(folder.parent)
     except OSError:
         if retired.exists():
             retired.rename(folder)
