@@ -39,7 +39,14 @@ from sparse_coding.cache_files import (
 )
 from sparse_coding.errors import UserError
 from sparse_coding.sources import ShuffledRows, ahead
-from sparse_coding.storage import atomic_path, fingerprint, read_object, sha256, write_json
+from sparse_coding.storage import (
+    atomic_path,
+    disk_errors_in_one_line,
+    fingerprint,
+    read_object,
+    sha256,
+    write_json,
+)
 
 
 def cache_bytes(n_tokens: int, hooks: dict[str, int], dtype: torch.dtype) -> int:
@@ -92,8 +99,9 @@ class CacheWriter:
         }
         assert shard_tokens > 0, "shards without rows"
         assert self._layout["dtype"] in DTYPES, f"{dtype} is not one of {list(DTYPES)}"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.folder)
+        with disk_errors_in_one_line(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.folder)
         try:
             self._shards = self._complete_shards()
             n_missing = n_tokens - self.n_rows_written

@@ -150,10 +150,9 @@ def load_text(
     one document. Otherwise a hub data set `owner/name[:config][@revision]`, its split "train",
     streamed. The order is the file's own (`builtin` is shuffled already).
 
-    Local files are read through once: a missing or empty file, a row without the field, of
-    another kind, undecodable or broken (unless `skip_broken_lines`; then the number skipped is
-    reported) and a split without documents are `UserError`s here; of a hub data set, where they
-    are met. A source that stalls is one, too (`text_rows.watched`).
+    Local files are read through once: a missing or empty file, a row that is broken or no text
+    (unless `skip_broken_lines`; then their number is reported) and a split without documents are
+    `UserError`s here; of a hub data set, where they are met.
     """
     if not 0 <= heldout_fraction < 1:
         raise UserError(f"heldout_fraction is {heldout_fraction}; it must be in [0, 1)")

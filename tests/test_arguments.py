@@ -33,7 +33,7 @@ POSITIONAL = {
     "analysis.collect_dashboard": [RUN],
     "analysis.compare_baselines": [RUN],
     "analysis.compare_dictionaries": [RUN],
-    "analysis.consistency": ["--text", "text.jsonl"],
+    "analysis.consistency": ["--lm", "lm", "--layers", "1", "--text", "text.jsonl"],
     "analysis.evaluate": [RUN],
     "analysis.find_units": [RUN],
     "analysis.interpret_units": [
@@ -47,7 +47,7 @@ POSITIONAL = {
     "analysis.measure_polysemanticity": [RUN],
     "analysis.probe_concepts": [RUN],
     "analysis.validate_polysemanticity": [RUN],
-    "benchmarks.harvest": ["--lm", "lm"],
+    "benchmarks.harvest": ["--lm", "lm", "--text", "text.jsonl"],
     "benchmarks.saebench": ["--dictionaries", RUN],
     "pretrained.fetch": ["pythia-70m-deduped-sm"],
     "pretrained.publish": [SAE, "--repo", "owner/name"],
