@@ -43,6 +43,7 @@ from sparse_coding.storage import (
     atomic_path,
     disk_errors_in_one_line,
     fingerprint,
+    make_folder,
     read_object,
     sha256,
     write_json,
@@ -100,7 +101,7 @@ class CacheWriter:
         assert shard_tokens > 0, "shards without rows"
         assert self._layout["dtype"] in DTYPES, f"{dtype} is not one of {list(DTYPES)}"
         with disk_errors_in_one_line(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             self._lock = _lock(self.folder)
         try:
             self._shards = self._complete_shards()

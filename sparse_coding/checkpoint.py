@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparse_coding.errors import UserError
-from sparse_coding.storage import atomic_path, disk_errors_in_one_line
+from sparse_coding.storage import atomic_path, disk_errors_in_one_line, make_folder
 
 _PATTERN = re.compile(r"step_(\d{9})\.safetensors")
 
@@ -37,7 +37,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], keep: i
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     needed = sum(tensor.nbytes for tensor in plain.values())
     with disk_errors_in_one_line(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(

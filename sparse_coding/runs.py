@@ -17,6 +17,7 @@ from sparse_coding.errors import UserError
 from sparse_coding.storage import (
     atomic_path,
     disk_errors_in_one_line,
+    make_folder,
     read_object,
     remove_abandoned,
     write_json,
@@ -64,7 +65,7 @@ class Run:
     def start(self) -> None:
         """Lock the folder; empty it and write config.json unless the run is resumed."""
         with disk_errors_in_one_line(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             self._lock()
         remove_abandoned(self.folder)
         if self.cfg.resume:

@@ -40,7 +40,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with disk_errors_in_one_line(path):
-        _make_folder(path.parent)
+        make_folder(path.parent)
         try:
             yield temporary
             with open(temporary, "rb") as file:
@@ -67,7 +67,7 @@ def _umask() -> int:
     return umask
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
     """With all above it; what is new outlives a power cut, as the files in it do."""
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
