@@ -33,7 +33,7 @@ import itertools
 import sys
 
 from sparse_coding.cache import CachedActivations
-from sparse_coding.checkpoint import StopSignal, load_run, save_run
+from sparse_coding.checkpoint import StopSignal, load_run, save_run, saved_at_an_error
 from sparse_coding.distributed import make_trainer, share_of_batches
 from sparse_coding.evaluation import Evaluation, density_histogram, evaluate, take_tokens
 from sparse_coding.formats.crosscoder import save_crosscoder
@@ -105,6 +105,7 @@ def token_batches(split):
 
 # %%
 run.start()
+stop = StopSignal(processes)  # from here on SIGINT and SIGTERM end the run, to be resumed
 rows = Rows(lm, lambda: token_batches("train"), cfg.harvested_hooks, processes)
 if cfg.cache:
     settings = cache_settings(cfg, lm.identity, text.fingerprint_fields())
@@ -146,9 +147,15 @@ step = load_run(run.checkpoints, parts, processes) if run.resumes else 0
 run.cut_log(step)
 
 sources.take_part(share_of_batches(processes, cfg))
-stop = StopSignal(processes)
-with Reporter(run, n_steps, step) as reporter:
-    for batch in itertools.islice(sources, n_steps - step):
+
+
+def save():
+    save_run(run.checkpoints, step, parts, cfg.keep_checkpoints, processes)
+
+
+batches = saved_at_an_error(itertools.islice(sources, n_steps - step), save, processes)
+with Reporter(run, n_steps, step) as reporter, stop.awaited():
+    for batch in batches:
         for place, trainer in trainers.items():
             trainer.step(side_by_side(batch, cfg.columns(place)))
         step += 1
@@ -157,10 +164,9 @@ with Reporter(run, n_steps, step) as reporter:
         if step % cfg.log_every == 0 or step == n_steps:
             reporter.log([row for trainer in trainers.values() for row in trainer.metrics()])
         if step % cfg.checkpoint_every == 0 or step == n_steps or stopped_by:
-            save_run(run.checkpoints, step, parts, cfg.keep_checkpoints, processes)
+            save()
         if stopped_by:
             sys.exit(f"stopped by {stopped_by} at step {step} of {n_steps}; go on with --resume")
-stop.restore()
 
 # %% [markdown]
 # ## Measure on held-out documents and save
@@ -206,6 +212,7 @@ leave_to_first(processes)
 run.write_result("summary.json", results)
 run.write_result("results/feature_density.json", densities)
 print_results(results)
+stop.restore()
 
 # %% [markdown]
 # ## A few features

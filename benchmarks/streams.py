@@ -82,9 +82,9 @@ def reading(lm: str, text: str, hook_name: str, context_length: int) -> Reading:
         raise UserError(
             f"--hook-name {hook_name}: dictionary_learning reads hook_resid_post alone"
         )
-    source = load_text(text, heldout_fraction=RunConfig.heldout_fraction)
     model = load_lm(lm)
     check_hook(model, hook_name)
+    source = load_text(text, heldout_fraction=RunConfig.heldout_fraction)
 
     def token_batches(split: str) -> Iterator[TokenBatch]:
         length = {"context_length": context_length, "batch_contexts": LM_CONTEXTS}

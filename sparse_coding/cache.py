@@ -17,7 +17,6 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -40,7 +39,15 @@ from sparse_coding.cache_files import (
 )
 from sparse_coding.errors import UserError
 from sparse_coding.sources import ShuffledRows, ahead
-from sparse_coding.storage import atomic_path, fingerprint, read_object, sha256, write_json
+from sparse_coding.storage import (
+    atomic_path,
+    disk_errors_in_one_line,
+    fingerprint,
+    make_folder,
+    read_object,
+    sha256,
+    write_json,
+)
 
 
 def cache_bytes(n_tokens: int, hooks: dict[str, int], dtype: torch.dtype) -> int:
@@ -93,8 +100,9 @@ class CacheWriter:
         }
         assert shard_tokens > 0, "shards without rows"
         assert self._layout["dtype"] in DTYPES, f"{dtype} is not one of {list(DTYPES)}"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.folder)
+        with disk_errors_in_one_line(self.folder):
+            make_folder(self.folder)
+            self._lock = _lock(self.folder)
         try:
             self._shards = self._complete_shards()
             n_missing = n_tokens - self.n_rows_written
@@ -363,8 +371,7 @@ class CachedActivations(ShuffledRows):
         self._is_pinned = self.device.type != "cpu" and torch.cuda.is_available()
 
     def load(self, numbers: Iterable[int]) -> Iterator[Float32[Tensor, "batch d_in"]]:
-        jobs = (partial(self._read, number) for number in numbers)
-        yield from map(self._to_device, ahead(jobs, self.prefetch))
+        yield from map(self._to_device, ahead(map(self._read, numbers), self.prefetch))
 
     def _read(self, number: int) -> Tensor:
         rows = self.cache.rows(self.hook_name, self.indices(number))

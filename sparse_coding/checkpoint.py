@@ -9,6 +9,9 @@ import hashlib
 import re
 import shutil
 import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol, runtime_checkable
@@ -20,7 +23,7 @@ from torch import Tensor
 
 from sparse_coding.errors import UserError
 from sparse_coding.processes import ALONE, Processes
-from sparse_coding.storage import atomic_path
+from sparse_coding.storage import atomic_path, disk_errors_in_one_line, make_folder
 
 _PATTERN = re.compile(r"step_(\d{9})\.safetensors")
 
@@ -34,7 +37,8 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], keep: i
     # Tied storage and transposed views are written as the plain tensors they stand for.
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     needed = sum(tensor.nbytes for tensor in plain.values())
-    folder.mkdir(parents=True, exist_ok=True)
+    with disk_errors_in_one_line(folder):
+        make_folder(folder)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
@@ -81,7 +85,10 @@ def load_newest_checkpoint(folder: Path) -> tuple[int, dict[str, Tensor]] | None
             continue
         return int(_PATTERN.fullmatch(path.name)[1]), tensors
     if damaged:
-        raise UserError(f"every checkpoint in {folder} is damaged: {', '.join(damaged)}")
+        raise UserError(
+            f"every checkpoint in {folder} is damaged: {', '.join(damaged)}; give --overwrite to "
+            "train from the start (cached activations stay)"
+        )
     return None
 
 
@@ -154,15 +161,32 @@ def _integer_or_tensor(value: Tensor) -> int | Tensor:
     return int(value) if is_integer else value
 
 
-class StopSignal:
-    """Remembers SIGINT and SIGTERM, so that a step is finished and saved; a second one kills.
+def saved_at_an_error(
+    batches: Iterable[Any], save: Callable[[], object], processes: Processes = ALONE
+) -> Iterator[Any]:
+    """The same batches; if they break off with an error, all that was learnt is saved first.
 
-    Not so under torchrun, which passes on a signal that its processes may have got themselves,
-    and itself kills what has not ended 30 seconds later.
+    Of several processes none saves: to collect what they hold all must have met the error.
+    """
+    try:
+        yield from batches
+    except UserError:
+        if processes.is_alone:
+            save()
+        raise
+
+
+class StopSignal:
+    """SIGINT and SIGTERM end the program with a line; a second one kills.
+
+    While the signal is awaited it only sets `name`, so that a step is finished and saved. Under
+    torchrun a second one changes nothing: torchrun passes on a signal that its processes may have
+    got themselves, and itself kills what has not ended 30 seconds later.
     """
 
     def __init__(self, processes: Processes = ALONE) -> None:
         self.name, self._processes = "", processes
+        self._is_awaited = False
         self._before = {
             number: signal.signal(number, self._receive)
             for number in (signal.SIGINT, signal.SIGTERM)
@@ -172,6 +196,8 @@ class StopSignal:
         self.name = signal.Signals(number).name
         if self._processes.is_alone:
             self.restore()
+        if not self._is_awaited:
+            self._end()
 
     def agreed(self) -> str:
         """The signal that some process has received, "" if none has: the same for all of them.
@@ -181,6 +207,18 @@ class StopSignal:
         if self._processes.count(int(bool(self.name))) == 0:
             return ""
         return next(filter(None, self._processes.gathered(self.name)))
+
+    def _end(self) -> None:
+        sys.exit(f"stopped by {self.name}; go on with --resume")
+
+    @contextmanager
+    def awaited(self) -> Iterator[None]:
+        """Within, who asks for `agreed` ends the program; one who did not ends with the block."""
+        self._is_awaited = True
+        yield
+        self._is_awaited = False
+        if self.name:
+            self._end()
 
     def restore(self) -> None:
         """Give the signals back to their former handlers."""

@@ -181,8 +181,7 @@ class Rows:
 
     def token_batches(self) -> Iterator[TokenBatch]:
         """The text's contexts, once; a thread makes them while the model runs."""
-        jobs = itertools.repeat(partial(next, iter(self.make_batches()), None))
-        return itertools.takewhile(lambda batch: batch is not None, ahead(jobs))
+        return ahead(self.make_batches())
 
     def __iter__(self) -> Iterator[KeptRows]:
         """One pass over the text."""

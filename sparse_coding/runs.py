@@ -18,6 +18,7 @@ from sparse_coding.processes import ALONE, Processes, is_restart, refuse_unseen
 from sparse_coding.storage import (
     atomic_path,
     disk_errors_in_one_line,
+    make_folder,
     read_object,
     remove_abandoned,
     write_json,
@@ -27,6 +28,7 @@ from sparse_coding.storage import (
 FREE_TO_CHANGE = {
     "preset", "plan", "resume", "overwrite", "output", "log_every", "checkpoint_every",
     "keep_checkpoints", "tensorboard", "wandb", "n_tokens_eval", "n_tokens_ce", "parallel",
+    "skip_broken_lines",  # a run that has met a broken line has read nothing behind it
 }  # fmt: skip
 
 
@@ -83,7 +85,7 @@ class Run:
 
     def _prepare(self) -> None:
         with disk_errors_in_one_line(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             self._lock()
         remove_abandoned(self.folder)
         if self.resumes:

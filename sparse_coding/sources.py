@@ -6,10 +6,11 @@ trainer cannot tell. Nothing here reads files or knows of models.
 
 import hashlib
 import itertools
+import time
 from abc import abstractmethod
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from queue import Empty, SimpleQueue
+from threading import Event, Semaphore, Thread
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -18,6 +19,11 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from sparse_coding.errors import UserError
+
+MAX_JOIN_SECONDS = (
+    2.0  # for what a thread is just doing; longer than any shard or tokenising takes
+)
+_END = object()
 
 
 @runtime_checkable
@@ -43,20 +49,58 @@ class ActivationSource(Protocol):
         ...
 
 
-def ahead(jobs: Iterable[Callable[[], Any]], n: int = 2) -> Iterator[Any]:
-    """The results of `jobs` in their order; one thread does up to n of them in advance."""
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        waiting: deque[Future] = deque()
+def ahead(
+    items: Iterable[Any],
+    n: int = 2,
+    waited: Callable[[float], None] | None = None,
+    every: float | None = None,
+) -> Iterator[Any]:
+    """The same items in their order; a thread makes up to n of them in advance.
+
+    Whenever `every` seconds pass without one, `waited` is told for how many none has come; what
+    it raises ends the wait. A thread that is stuck then is left alone: it ends with the process.
+    """
+    results: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
+    free, closed = Semaphore(n), Event()
+    thread = Thread(target=_make, args=(items, results, free, closed), daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = _next_of(results, waited, every)
+            if error is not None:
+                raise error
+            if item is _END:
+                return
+            yield item
+            free.release()
+    finally:
+        closed.set()
+        free.release()
+        thread.join(MAX_JOIN_SECONDS)
+
+
+def _make(items: Iterable[Any], results: SimpleQueue, free: Semaphore, closed: Event) -> None:
+    try:
+        for item in items:
+            results.put((item, None))
+            free.acquire()
+            if closed.is_set():
+                return
+        results.put((_END, None))
+    except BaseException as error:  # noqa: BLE001 - raised where the item would have come
+        results.put((None, error))
+
+
+def _next_of(
+    results: SimpleQueue, waited: Callable[[float], None] | None, every: float | None
+) -> tuple[Any, BaseException | None]:
+    start = time.monotonic()
+    while True:
         try:
-            for job in jobs:
-                waiting.append(thread.submit(job))
-                if len(waiting) > n:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+            return results.get(timeout=every)
+        except Empty:
+            if waited is not None:
+                waited(time.monotonic() - start)
 
 
 class ShuffledRows(ActivationSource):

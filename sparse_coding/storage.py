@@ -1,6 +1,5 @@
 """Files that are either whole or absent: atomic writes, JSON, checksums. No pickle is written."""
 
-import errno
 import hashlib
 import json
 import os
@@ -12,11 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from sparse_coding.errors import UserError
-
-_DISK_ERRORS = {
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
-}  # fmt: skip
+from sparse_coding.errors import DISK_ERRORS, UserError
 
 
 @contextmanager
@@ -25,7 +20,7 @@ def disk_errors_in_one_line(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno not in _DISK_ERRORS:
+        if isinstance(error, OSError) and error.errno not in DISK_ERRORS:
             raise
         # safetensors passes the system's error on in words alone
         reason = error.strerror if isinstance(error, OSError) else error
@@ -45,7 +40,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with disk_errors_in_one_line(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         try:
             yield temporary
             with open(temporary, "rb") as file:
@@ -72,6 +67,14 @@ def _umask() -> int:
     return umask
 
 
+def make_folder(folder: Path) -> None:
+    """With all above it; what is new outlives a power cut, as the files in it do."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in new:
+        _sync_folder(path.parent)
+
+
 def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -95,10 +98,11 @@ def whole_folder(folder: str | Path, marker: str, *, overwrite: bool) -> Iterato
         raise UserError(f"{folder} is of another kind ({marker} is missing); it is kept")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
-        yield temporary
-        _put_in_place(temporary, folder)
+        with disk_errors_in_one_line(folder):
+            temporary.mkdir(parents=True)
+            yield temporary
+            _put_in_place(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -110,6 +114,7 @@ def _put_in_place(written: Path, folder: Path) -> None:
         folder.rename(retired)
     try:
         written.rename(folder)
+        _sync_folder(folder.parent)
     except OSError:
         if retired.exists():
             retired.rename(folder)

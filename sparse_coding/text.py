@@ -21,7 +21,8 @@ from torch import Tensor
 
 from sparse_coding import builtin_text
 from sparse_coding.errors import UserError
-from sparse_coding.text_files import SUFFIXES, Document, FileReader, field_text
+from sparse_coding.text_files import SUFFIXES, Document, FileReader
+from sparse_coding.text_rows import Skipping, field_text, rows_to_the_end, watched
 
 Tokenizer = Any  # a transformers PreTrainedTokenizerBase; importing the name costs seconds
 
@@ -89,7 +90,7 @@ class Text:
 
     def _documents(self, split: str) -> Iterator[Document]:
         empty = True
-        for document in self.read():
+        for document in watched(self.read(), self.name):
             if self.split_of(document) == split:
                 empty = False
                 yield document
@@ -110,7 +111,7 @@ class Text:
         n_documents: Counter[str] = Counter()
         n_bytes: Counter[str] = Counter()
         n_tokens: Counter[str] = Counter()
-        for batch in _batches_of_text(self.read()):
+        for batch in _batches_of_text(watched(self.read(), self.name)):
             tokens = _encode(batch, tokenizer) if tokenizer else [[]] * len(batch)
             for document, ids in zip(batch, tokens, strict=True):
                 n_documents[document.source] += 1
@@ -149,9 +150,9 @@ def load_text(
     one document. Otherwise a hub data set `owner/name[:config][@revision]`, its split "train",
     streamed. The order is the file's own (`builtin` is shuffled already).
 
-    Local files are read through once: a missing or empty file, a missing field, undecodable
-    bytes, a broken JSON line (unless `skip_broken_lines`; then the number skipped is reported)
-    and a split without documents are `UserError`s here.
+    Local files are read through once: a missing or empty file, a row that is broken or no text
+    (unless `skip_broken_lines`; then their number is reported) and a split without documents are
+    `UserError`s here; of a hub data set, where they are met.
     """
     if not 0 <= heldout_fraction < 1:
         raise UserError(f"heldout_fraction is {heldout_fraction}; it must be in [0, 1)")
@@ -172,7 +173,7 @@ def load_text(
             f"text {name!r} does not exist; give 'builtin', a .txt, .jsonl or .parquet file, a "
             "folder of them, or a hub data set as owner/name[:config][@revision]"
         )
-    return _hub_text(name, match, text_field, heldout_fraction)
+    return _hub_text(name, match, text_field, heldout_fraction, skip_broken_lines)
 
 
 def _content(document: Document) -> str:
@@ -190,7 +191,7 @@ def _built(path: Path) -> Iterator[Document]:
 
 
 def _check_splits(text: Text) -> None:
-    splits = Counter(text.split_of(document) for document in text.read())
+    splits = Counter(text.split_of(document) for document in watched(text.read(), text.name))
     if not splits:
         raise UserError(f"text {text.name!r} holds no document")
     for split in ("train", "heldout") if text.heldout_fraction else ("train",):
@@ -202,7 +203,9 @@ def _check_splits(text: Text) -> None:
             )
 
 
-def _hub_text(name: str, match: re.Match, text_field: str, heldout_fraction: float) -> Text:
+def _hub_text(
+    name: str, match: re.Match, text_field: str, heldout_fraction: float, skips: bool
+) -> Text:
     import datasets
     from huggingface_hub import HfApi
 
@@ -212,7 +215,9 @@ def _hub_text(name: str, match: re.Match, text_field: str, heldout_fraction: flo
         rows = datasets.load_dataset(
             hub_id, config, split="train", revision=revision, streaming=True
         )
-        first = next(iter(rows), None)
+        first = next(watched(rows, name), None)
+    except UserError:
+        raise
     except Exception as error:  # the hub client raises a dozen kinds of its own and of httpx's
         raise UserError(
             f"text {name!r} is no local path and cannot be read from the hub "
@@ -220,13 +225,17 @@ def _hub_text(name: str, match: re.Match, text_field: str, heldout_fraction: flo
         ) from None
     if first is None:
         raise UserError(f"text {name!r} holds no document")
-    field_text(first, text_field, name)
+    if not skips:
+        field_text(first, text_field, name)
 
     def read() -> Iterator[Document]:
-        for number, row in enumerate(rows):
-            text = field_text(row, text_field, f"{name}, row {number}")
-            if text.strip():
-                yield Document(text, hub_id, f"{hub_id}:{number}")
+        skipping = Skipping(skips)
+        for number, row in rows_to_the_end(rows, name):
+            with skipping.row(f"{name}, row {number}"):
+                text = field_text(row, text_field, f"{name}, row {number}")
+                if text.strip():
+                    yield Document(text, hub_id, f"{hub_id}:{number}")
+        skipping.report(name)
 
     fields = {"text": hub_id, "config": config, "revision": revision, "text_field": text_field}
     return Text(name, read, fields, heldout_fraction, _content)

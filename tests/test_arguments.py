@@ -28,12 +28,14 @@ RUN = "outputs/runs/whole"
 SAE = f"{RUN}/saes/l1_x04_l0-6_s0"
 ENTRY = "easy_training_base"
 FOLDERS = ("analysis", "benchmarks", "data_visualization", "pretrained")
+# A model and a text that are here: the defaults would be converted and built first.
+READ = ["--lm", "lm", "--hook-name", "blocks.1.hook_resid_post", "--text", "text.jsonl"]
 # What a program needs to get as far as its other flags.
 POSITIONAL = {
     "analysis.collect_dashboard": [RUN],
     "analysis.compare_baselines": [RUN],
     "analysis.compare_dictionaries": [RUN],
-    "analysis.consistency": ["--text", "text.jsonl"],
+    "analysis.consistency": ["--lm", "lm", "--layers", "1", "--text", "text.jsonl"],
     "analysis.evaluate": [RUN],
     "analysis.find_units": [RUN],
     "analysis.interpret_units": [
@@ -47,7 +49,9 @@ POSITIONAL = {
     "analysis.measure_polysemanticity": [RUN],
     "analysis.probe_concepts": [RUN],
     "analysis.validate_polysemanticity": [RUN],
-    "benchmarks.harvest": ["--lm", "lm"],
+    "benchmarks.harvest": READ,
+    "benchmarks.ladder": READ,
+    "benchmarks.quality": READ[:-2],
     "benchmarks.saebench": ["--dictionaries", RUN],
     "pretrained.fetch": ["pythia-70m-deduped-sm"],
     "pretrained.publish": [SAE, "--repo", "owner/name"],

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -80,25 +82,48 @@ def test_the_same_command_again_is_refused_in_one_line(finished, place):
     assert "Traceback" not in done.stderr
 
 
-def test_a_terminated_run_that_is_resumed_ends_bitwise_equal(finished, place):
-    _, whole = finished
-    arguments = ["--name", "broken", "--seed", "0", "1", "--checkpoint-every", "50"]
+def signalled(place: Path, number: int, is_time: Callable[[], bool], *arguments: str) -> str:
+    """What the entry script says last of all when it is sent a signal at that time."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        command(*arguments), cwd=place, env=environment, stderr=subprocess.PIPE, text=True
-    )
-    log = place / "outputs/runs/broken/metrics.jsonl"
-    while process.poll() is None and not (log.exists() and log.stat().st_size > 2000):
-        time.sleep(0.002)
-    process.send_signal(signal.SIGTERM)
+        command(*arguments), cwd=place, env=environment, stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    while process.poll() is None and not is_time():
+        time.sleep(0.001)
+    process.send_signal(number)
     _, stderr = process.communicate()
     assert process.returncode == 1
-    assert "stopped by SIGTERM at step" in stderr
-    assert not (place / "outputs/runs/broken/summary.json").exists()
-    done = run(place, *arguments, "--resume")
+    assert "Traceback" not in stderr
+    return stderr.splitlines()[-1]
+
+
+def test_a_run_stopped_in_harvest_training_and_evaluation_ends_bitwise_equal(finished, place):
+    _, whole = finished
+    where = ("--name", "one", "--output", "stopped")
+    resumed = (*where, "--seed", "0", "1", "--checkpoint-every", "50", "--resume")
+    run_folder, at_once = place / "stopped/runs/one", "go on with --resume"
+    log, checkpoints = run_folder / "metrics.jsonl", run_folder / "checkpoints"
+
+    said = signalled(
+        place, signal.SIGINT, lambda: any(place.glob("stopped/cache/*/lock")), *resumed[:-1]
+    )
+    assert said == f"stopped by SIGINT; {at_once}" and not checkpoints.exists()
+    said = signalled(
+        place, signal.SIGTERM, lambda: log.exists() and log.stat().st_size > 2000, *resumed
+    )
+    assert re.fullmatch(rf"stopped by SIGTERM at step \d+ of 187; {at_once}", said)
+    last = checkpoints / "step_000000187.safetensors"
+    assert not last.exists()
+    said = signalled(place, signal.SIGINT, last.exists, *resumed)
+    assert said in (
+        f"stopped by SIGINT{place}; {at_once}" for place in ("", " at step 187 of 187")
+    )
+    assert not (run_folder / "summary.json").exists()
+    done = run(place, *resumed)
     assert done.returncode == 0, done.stderr
     for path in sorted(whole.glob("saes/*/sae_weights.safetensors")):
-        one, other = load_file(path), load_file(log.parent / path.relative_to(whole))
+        one, other = load_file(path), load_file(run_folder / path.relative_to(whole))
         for name, tensor in one.items():
             assert torch.equal(tensor, other[name]), (path, name)
     logs = [

@@ -5,7 +5,8 @@ import errno
 import itertools
 import json
 import os
-import subprocess
+import resource
+import signal
 import sys
 import time
 import tracemalloc
@@ -20,9 +21,15 @@ from tiny_runs import command, run_in
 
 from sparse_coding import harvest
 from sparse_coding.cache import CacheWriter
-from sparse_coding.checkpoint import load_newest_checkpoint, load_run, save_checkpoint, save_run
+from sparse_coding.checkpoint import (
+    StopSignal,
+    load_newest_checkpoint,
+    load_run,
+    save_checkpoint,
+    save_run,
+)
 from sparse_coding.config import RunConfig
-from sparse_coding.errors import UserError
+from sparse_coding.errors import UserError, report_user_errors_in_one_line
 from sparse_coding.harvest import KeptRows, Rows, harvest_to_cache
 from sparse_coding.ladder import ladder
 from sparse_coding.reporting import Reporter
@@ -151,7 +158,7 @@ def test_a_flipped_bit_of_a_tensor_makes_the_checkpoint_before_it_the_newest(tmp
 def test_a_checkpoint_whose_tensors_were_renamed_is_damaged(tmp_path):
     path = save_checkpoint(tmp_path, 1, {"a": torch.ones(2), "b": torch.zeros(2)}, keep=1)
     path.write_bytes(path.read_bytes().replace(b'"a"', b'"c"'))
-    with pytest.raises(UserError, match="every checkpoint .* is damaged"):
+    with pytest.raises(UserError, match=r"every checkpoint .* is damaged: step_.*--overwrite"):
         load_newest_checkpoint(tmp_path)
 
 
@@ -295,23 +302,16 @@ def open_run(output: Path, **changes) -> Run:
 def test_a_disk_that_fills_in_the_middle_of_a_log_line_is_one_line_and_the_log_is_mended(
     tmp_path,
 ):
-    script = (
-        "import resource, signal, sys\n"
-        "from pathlib import Path\n"
-        "from test_faults import open_run\n"
-        "run = open_run(Path(sys.argv[1]))\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, -1))\n"
-        "for step in range(100):\n"
-        "    run.log([{'step': step, 'name': 'a' * 50}])\n"
-    )
-    path = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    done = subprocess.run(
-        [sys.executable, "-c", script, tmp_path], capture_output=True, text=True,
-        env=os.environ | path,
-    )  # fmt: skip
-    assert "UserError" in done.stderr.splitlines()[-1]
-    assert "metrics.jsonl cannot be written: File too large" in done.stderr
+    run = open_run(tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # nothing prints below
+    try:
+        with pytest.raises(UserError, match=r"metrics\.jsonl cannot be written: File too large"):
+            for step in range(100):
+                run.log([{"step": step, "name": "a" * 50}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    run._lock_file.close()
     run = open_run(tmp_path, resume=True)
     assert run.metrics.stat().st_size == 1000
     assert not run.metrics.read_text().endswith("\n")
@@ -319,6 +319,52 @@ def test_a_disk_that_fills_in_the_middle_of_a_log_line_is_one_line_and_the_log_i
     run.log([{"step": 11}])
     steps = [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()]
     assert steps == list(range(12))
+
+
+def test_a_signal_that_the_loop_did_not_ask_for_ends_the_program_behind_it():
+    stop = StopSignal()
+    with pytest.raises(SystemExit) as end, stop.awaited():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.name == "SIGTERM"
+    assert end.value.code == "stopped by SIGTERM; go on with --resume"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_control_c_and_a_full_disk_are_one_line_wherever_they_come(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    report_user_errors_in_one_line()
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "figures/a.png")
+    line = "error: [Errno 28] No space left on device: 'figures/a.png'"
+    for error, status, said in (
+        (full, 2, line),
+        (KeyboardInterrupt(), 130, "stopped by SIGINT"),
+        (UserError("no"), 2, "error: no"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            sys.excepthook(type(error), error, None)
+        assert end.value.code == status
+        assert capsys.readouterr().err == said + "\n"
+
+
+def test_a_file_is_on_the_disk_before_its_name_and_all_new_folders_with_it(tmp_path, monkeypatch):
+    done = []
+    sync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        done.append(f"sync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        sync(descriptor)
+
+    def replaced(source: Path, target: Path) -> None:
+        done.append(f"{source.name} -> {target.name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    save_checkpoint(tmp_path / "new/run", 3, {"a": torch.ones(2)}, keep=1)
+    name = "step_000000003.safetensors"
+    hidden = f".{name}.{os.getpid()}.tmp"
+    assert {done.pop(0), done.pop(0)} == {"sync new", f"sync {tmp_path.name}"}
+    assert done == [f"sync {hidden}", f"{hidden} -> {name}", "sync run"]
 
 
 def test_a_run_killed_before_its_configuration_was_written_can_be_begun(tmp_path):
