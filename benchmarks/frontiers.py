@@ -1,4 +1,4 @@
-"""Ours minus theirs on two frontiers, at the L0 that theirs has, paired by seed."""
+"""Frontiers of (L0, error), and ours minus theirs at the L0 that theirs has, paired by seed."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -9,6 +9,7 @@ from sparse_coding.metrics import columns, t_interval
 
 Row = dict[str, Any]
 MEASURES = ("fvu", "nats_lost")
+POINT = ("l0", *MEASURES, "dead_fraction")
 
 
 def at_l0(points: Sequence[tuple[float, float]], l0: float) -> float:
@@ -23,6 +24,20 @@ def at_l0(points: Sequence[tuple[float, float]], l0: float) -> float:
         y * math.prod((at - other) / (x - other) for other, _ in logs if other != x)
         for x, y in logs
     )
+
+
+def points(rows: Sequence[Row]) -> Iterator[Row]:
+    """Per architecture, library and L0 asked for: means with Student's interval over the seeds."""
+    keys = ("architecture", "library", "target_l0", "lr", "sparsity", "n_steps", "ratio",
+            "n_tokens_eval", "n_documents_eval", "n_tokens_ce")  # fmt: skip
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    for values, group in groups.items():
+        intervals = (columns(key, t_interval([row[key] for row in group])) for key in POINT)
+        yield {"what": "point", **dict(zip(keys, values, strict=True)), "n_seeds": len(group)} | (
+            {key: value for interval in intervals for key, value in interval.items()}
+        )
 
 
 def gaps(rows: Sequence[Row]) -> Iterator[Row]:
@@ -74,15 +89,16 @@ def _gap(frontier: Sequence[Row], theirs: Sequence[Row]) -> Row:
 
 
 def print_gaps(rows: Sequence[Row]) -> None:
-    """A line per architecture, peer and L0."""
-    print(f"\n{'architecture':<18}{'peer':<21}{'L0':>6}{'their FVU':>11}"
-          f"{'ours minus theirs':>30}{'in nats lost':>30}")  # fmt: skip
+    """The table of README.md: a line per architecture, peer and L0."""
+    print("\n| class | peer | their L0 | their FVU | ours minus theirs: FVU | nats lost |")
+    print("|---|---|---|---|---|---|")
     for row in rows:
-        intervals = (
-            f"{row[key]:+.4f} [{row[f'{key}_low']:+.4f}, {row[f'{key}_high']:+.4f}]"
-            for key in ("fvu_gap", "nats_lost_gap")
-        )
-        print(
-            f"{row['architecture']:<18}{row['vs']:<21}{row['l0_theirs']:>6.1f}"
-            f"{row['fvu_theirs']:>11.4f}" + "".join(f"{text:>30}" for text in intervals)
-        )
+        cells = [row["architecture"], row["vs"], f"{row['l0_theirs']:.1f}"]
+        cells += [f"{row['fvu_theirs']:.3f}"]
+        cells += [_with_interval(row, key, n) for key, n in (("fvu_gap", 3), ("nats_lost_gap", 2))]
+        print(f"| {' | '.join(cells)} |")
+
+
+def _with_interval(row: Row, key: str, n_digits: int) -> str:
+    estimate, low, high = (f"{row[key + end]:+.{n_digits}f}" for end in ("", "_low", "_high"))
+    return f"{estimate} [{low}, {high}]"

@@ -14,8 +14,9 @@ A finished frontier (one architecture by one library) is a file in `parts`; a ru
 made with the same settings and peers, goes on from there. Delete it after a change of the code.
 
 Rows: "trial", a run of the first seed and how it did on the rows for choosing; "sae", a compared
-run, `fvu` and `nats_lost` on held-out documents (intervals of a bootstrap over documents); "gap",
-ours minus theirs at their L0 (`benchmarks.frontiers`), below 0 ours is better.
+run, `fvu` and `nats_lost` on held-out documents (intervals of a bootstrap over documents);
+"point", the mean of its seeds (Student's intervals over them); "gap", ours minus theirs at
+their L0 (`benchmarks.frontiers`), below 0 ours is better.
 """
 
 import functools
@@ -32,7 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.fit import measure_fit
-from benchmarks.frontiers import gaps, print_gaps
+from benchmarks.frontiers import gaps, points, print_gaps
 from benchmarks.learners import ARCHITECTURES, FIRST_COEFFICIENTS, LACKS, LEARNERS, Job
 from benchmarks.peers import is_installed, peer_versions
 from benchmarks.searches import Trials, climb, distance
@@ -287,11 +288,13 @@ def main() -> None:
     rows = []
     for architecture, library in tqdm(frontiers(cfg), desc="architecture x library"):
         rows += finished_part(cfg, architecture, library, load_data)
-    summary = list(gaps([row for row in rows if row["what"] == "sae"]))
+    saes = [row for row in rows if row["what"] == "sae"]
+    summary = list(gaps(saes))
     print_gaps(summary)
+    rows += [*points(saes), *summary]
     content = {"config": as_json(cfg), "environment": environment("cpu")}
     content["environment"] |= {"peers": peer_versions()}
-    print(f"\n{write_json(cfg.out, content | {'rows': rows + summary})}")
+    print(f"\n{write_json(cfg.out, content | {'rows': rows})}")
 
 
 if __name__ == "__main__":
