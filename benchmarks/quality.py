@@ -206,6 +206,10 @@ def train(library: str, data: Data, job: Job) -> Trained:
         learner.step(x)
     dictionary = learner.finish().requires_grad_(False)
     fit = measure_fit(dictionary, data.choice, 0.0)
+    tqdm.write(
+        f"{job.architecture} {library} seed {job.seed} lr {job.lr:g} sparsity {job.sparsity:.4g}: "
+        f"L0 {fit['l0']:.1f}, FVU {fit['fvu']:.4f}"
+    )
     return Trained(job, dictionary, fit["l0"], fit["fvu"])
 
 
