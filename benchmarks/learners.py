@@ -188,8 +188,8 @@ LACKS = {"sae_lens": ("l1",), "dictionary_learning": (), "ours": ()}
 FIRST_COEFFICIENTS = {
     ("dictionary_learning", "l1"): 0.1,
     ("dictionary_learning", "norm_weighted_l1"): 0.1,
-    ("dictionary_learning", "gated"): 0.1,
-    ("sae_lens", "norm_weighted_l1"): 3.0,
+    ("dictionary_learning", "gated"): 0.15,
+    ("sae_lens", "norm_weighted_l1"): 2.0,
     ("sae_lens", "gated"): 3.0,
-    ("sae_lens", "jumprelu"): 3.0,
+    ("sae_lens", "jumprelu"): 20.0,
 }

@@ -3,24 +3,28 @@
     python -m benchmarks.quality
     python -m benchmarks.quality --architectures topk jumprelu --ratio 4 --n-steps 1000
 
-All train on the same activations of the embedded model, in the same order, from their libraries'
-own initialisations. Each side has the same sweep: every learning rate with the first seed; the
-one with the lowest error at the L0 asked for is then run with all seeds. A peer whose sparsity is
-set by a coefficient searches it anew for every learning rate, in `n_searches` runs; it may miss
-the L0. So ours is trained to the L0 that each peer reached: `vs` names the peer that a row is
-compared to.
+About 3 hours of one core. All train on the same activations of the embedded model, in the same
+order, from their libraries' own initialisations. Both sides choose their learning rate alike, at
+the first L0 and by the first seed: uphill or downhill on one grid until both neighbours are worse,
+on rows that nobody trains on and nothing else is measured on. Then every L0 is trained with every
+seed. A peer whose sparsity is set by a coefficient searches it, in at most `n_searches` runs per
+learning rate and L0.
 
-Columns: `fvu` and `nats_lost` on held-out documents (intervals of a bootstrap over documents);
-`gap`: mean over seeds of ours minus theirs in FVU, with the 95 % interval of Student's t over the
-seeds' differences. Below 0 ours is better.
+A finished frontier (one architecture by one library) is a file in `parts`; a run that finds it,
+made with the same settings and peers, goes on from there. Delete it after a change of the code.
+
+Rows: "trial", a run of the first seed and how it did on the rows for choosing; "sae", a compared
+run, `fvu` and `nats_lost` on held-out documents (intervals of a bootstrap over documents);
+"point", the mean of its seeds (Student's intervals over them); "gap", ours minus theirs at
+their L0 (`benchmarks.frontiers`), below 0 ours is better.
 """
 
-import itertools
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from statistics import mean
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -29,8 +33,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.fit import measure_fit
+from benchmarks.frontiers import gaps, points, print_gaps
 from benchmarks.learners import ARCHITECTURES, FIRST_COEFFICIENTS, LACKS, LEARNERS, Job
 from benchmarks.peers import is_installed, peer_versions
+from benchmarks.searches import Trials, climb, distance
 from benchmarks.streams import Reading, reading
 from sparse_coding.cache import CachedActivations
 from sparse_coding.config import as_json, environment
@@ -38,7 +44,6 @@ from sparse_coding.dictionary import Dictionary
 from sparse_coding.errors import UserError, report_user_errors_in_one_line
 from sparse_coding.evaluation import Evaluation, evaluate, take_tokens
 from sparse_coding.harvest import Rows, harvest_to_cache
-from sparse_coding.metrics import columns, t_interval
 from sparse_coding.settings import (
     Count,
     OutputFile,
@@ -49,9 +54,22 @@ from sparse_coding.settings import (
     Seed,
     read_settings,
 )
-from sparse_coding.storage import write_json
+from sparse_coding.storage import read_object, write_json
+from sparse_coding.text import TokenBatch
 
 N_SAMPLE_TOKENS, N_CHOICE_TOKENS = 8192, 4096
+CE_CONTEXTS = 8
+"""Contexts per batch of held-out text, each from another part of it."""
+L0_IS_NEAR, L0_IS_MET = 0.15, 0.06
+"""In log L0, while a learning rate is chosen and afterwards."""
+FVU_PER_DOUBLING = 0.065
+"""By which the error falls as the L0 doubles, on all frontiers about; compares unequal L0s."""
+KEPT = {
+    *(f"{key}{end}" for key in ("l0", "fvu", "nats_lost", "kl", "ce_recovered")
+      for end in ("", "_low", "_high")),
+    *("dead_fraction", "n_tokens_eval", "n_documents_eval", "n_tokens_ce"),
+}  # fmt: skip
+"""Columns of `evaluate` that are published."""
 
 
 @dataclass(frozen=True)
@@ -68,16 +86,16 @@ class Config:
     """Where its activations are taken."""
     ratio: Ratio = 2
     """Dictionary size, as a multiple of d_in."""
-    target_l0: Positive = 30.0
-    """Active features per token."""
+    target_l0: tuple[Positive, ...] = (30.0, 15.0, 60.0)
+    """Active features per token; learning rates are chosen at the first."""
     n_steps: Annotated[int, Range(20)] = 300
     """Steps of each training."""
     batch_tokens: Count = 1024
     """Tokens per step."""
-    lrs: tuple[Positive, ...] = (5e-4, 1.5e-3, 4e-3)
-    """Learning rates of the sweep."""
-    n_searches: Count = 3
-    """Runs per learning rate in which a coefficient is searched."""
+    lrs: tuple[Positive, ...] = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+    """Learning rates, rising; the search begins in the middle."""
+    n_searches: Count = 4
+    """Most runs per learning rate and L0 in which a coefficient is searched."""
     seeds: tuple[Seed, ...] = (0, 1, 2)
     """Seeds of the runs that are compared."""
     n_tokens_eval: Count = 20_000
@@ -86,6 +104,8 @@ class Config:
     """Of them, how many for the cross-entropy."""
     cache: OutputFolder = Path("outputs/cache")
     """Folder of activation caches."""
+    parts: OutputFolder = Path("outputs/quality")
+    """Folder of finished frontiers."""
     out: OutputFile = Path("benchmarks/results/quality.json")
     """Results file, replaced at the end."""
 
@@ -100,6 +120,20 @@ class Data(NamedTuple):
     evaluation: Evaluation
 
 
+class HeldOut(Evaluation):
+    """Measures any number of times, but runs the blocks before the hook once."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._known: dict[int, Any] = {}
+
+    def _rows(self, batch: TokenBatch) -> Any:
+        key = id(batch)  # of `self.batches`, which live as long as this
+        if key not in self._known:
+            self._known[key] = super()._rows(batch)
+        return self._known[key]
+
+
 def check(cfg: Config) -> None:
     """`UserError` for what cannot be compared."""
     for flag, given, allowed in (
@@ -111,6 +145,8 @@ def check(cfg: Config) -> None:
             raise UserError(f"{flag} {unknown[0]} is unknown; it must be of: {', '.join(allowed)}")
     if len(cfg.seeds) < 2:
         raise UserError(f"--seeds: give two or more of them, not {len(cfg.seeds)}")
+    if list(cfg.lrs) != sorted(set(cfg.lrs)):
+        raise UserError(f"--lrs {' '.join(map(str, cfg.lrs))}: give them rising")
 
 
 def load(cfg: Config) -> Data:
@@ -133,8 +169,18 @@ def load(cfg: Config) -> Data:
 
 
 def _evaluation(cfg: Config, read: Reading, rows: Rows) -> Evaluation:
-    heldout = take_tokens(read.token_batches("heldout"), cfg.n_tokens_eval)
-    return Evaluation(read.lm, cfg.hook_name, heldout, rows.max_norms[cfg.hook_name])
+    heldout = spread(take_tokens(read.token_batches("heldout"), cfg.n_tokens_eval), CE_CONTEXTS)
+    return HeldOut(read.lm, cfg.hook_name, heldout, rows.max_norms[cfg.hook_name])
+
+
+def spread(batches: Sequence[TokenBatch], n_contexts: int) -> list[TokenBatch]:
+    """The same contexts in batches of at most so many, each from all over the text.
+
+    The first batches are then of many documents, and cross-entropies are taken on the first.
+    """
+    whole = TokenBatch(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
+    n = -(-len(whole.tokens) // n_contexts)
+    return [TokenBatch(*(part[i::n] for part in whole)) for i in range(n)]
 
 
 class Trained(NamedTuple):
@@ -145,133 +191,114 @@ class Trained(NamedTuple):
     l0: float
     fvu: float
 
+    def error_at(self, target_l0: float) -> tuple[bool, float]:
+        """What is least for the best: near the L0 first, then the error, corrected to that L0."""
+        if not math.isfinite(self.fvu) or self.l0 == 0:
+            return True, math.inf
+        is_far = distance(self.l0, target_l0) > 2 * L0_IS_NEAR
+        return is_far, self.fvu + FVU_PER_DOUBLING * math.log2(self.l0 / target_l0)
 
-def train(library: str, job: Job, data: Data) -> Trained:
+
+def train(library: str, data: Data, job: Job) -> Trained:
     """One training."""
     learner = LEARNERS[library](job, data.sample)
     for x in data.batches:
         learner.step(x)
     dictionary = learner.finish().requires_grad_(False)
     fit = measure_fit(dictionary, data.choice, 0.0)
+    tqdm.write(
+        f"{job.architecture} {library} seed {job.seed} lr {job.lr:g} sparsity {job.sparsity:.4g}: "
+        f"L0 {fit['l0']:.1f}, FVU {fit['fvu']:.4f}"
+    )
     return Trained(job, dictionary, fit["l0"], fit["fvu"])
 
 
-def with_best_lr(
-    cfg: Config, library: str, first: Job, target_l0: float, data: Data
-) -> list[Trained]:
-    """The best learning rate's SAEs, one per seed."""
-    candidates = []
-    for lr in cfg.lrs:
-        job = first._replace(lr=lr, seed=cfg.seeds[0])
-        for left in reversed(range(cfg.n_searches if _is_searched(library, job) else 1)):
-            one = train(library, job, data)
-            if left:  # L0 falls about as the coefficient rises
-                factor = min(8.0, max(1 / 8, one.l0 / target_l0)) if one.l0 else 1 / 8
-                job = job._replace(sparsity=job.sparsity * factor)
-        candidates.append(one)
-    best = min(candidates, key=lambda one: _score(one, target_l0))
-    others = [train(library, best.job._replace(seed=seed), data) for seed in cfg.seeds[1:]]
-    return [best, *others]
+def frontier(cfg: Config, architecture: str, library: str, data: Data) -> list[dict[str, Any]]:
+    """Rows of all trials and all compared SAEs of one architecture by one library."""
+    coefficient = FIRST_COEFFICIENTS.get((library, architecture))
+    first = Job(architecture, cfg.ratio, 0.0, 0.0, cfg.seeds[0], cfg.n_steps, cfg.batch_tokens)
+    trials = Trials(partial(train, library, data), first, coefficient)
 
+    def error(place: int) -> float:
+        one = trials.towards(cfg.target_l0[0], cfg.lrs[place], cfg.n_searches, L0_IS_NEAR)
+        return one.error_at(cfg.target_l0[0])
 
-def _is_searched(library: str, job: Job) -> bool:
-    return (library, job.architecture) in FIRST_COEFFICIENTS
-
-
-def _score(one: Trained, target_l0: float) -> float:
-    """The error, with what an L0 away from the target is taken to be worth: 0.1 in FVU per
-    doubling (an assumption), twice that below it."""
-    if not math.isfinite(one.fvu) or one.l0 == 0:
-        return float("inf")
-    return one.fvu + 0.1 * abs(math.log2(one.l0 / target_l0)) * (1 if one.l0 > target_l0 else 2)
-
-
-def compare(cfg: Config, data: Data) -> Iterator[tuple[dict[str, Any], list[Trained]]]:
-    """Groups of SAEs that differ in their seed alone, with what they are."""
-    installed = [peer for peer in cfg.peers if is_installed(peer)]
-    pairs = [
-        (architecture, peer)
-        for architecture, peer in itertools.product(cfg.architectures, installed)
-        if architecture not in LACKS[peer]
+    lr = cfg.lrs[climb(len(cfg.lrs), (len(cfg.lrs) - 1) // 2, error)]
+    chosen: dict[str, tuple[float, Trained]] = {}
+    for target in cfg.target_l0:
+        one = trials.towards(target, lr, cfg.n_searches, L0_IS_MET)
+        for seed in cfg.seeds:
+            again = (
+                one if seed == one.job.seed else train(library, data, one.job._replace(seed=seed))
+            )
+            chosen[f"{target:g}/{seed}"] = target, again
+    of = {"architecture": architecture, "library": library, "n_steps": cfg.n_steps,
+          "ratio": cfg.ratio}  # fmt: skip
+    rows = [
+        {"what": "trial"} | of | _settings(one) | {"l0": one.l0, "fvu": one.fvu}
+        for one in trials.all
     ]
-    for architecture, peer in tqdm(pairs, desc="architecture x peer"):
-        sparsity = FIRST_COEFFICIENTS.get((peer, architecture), cfg.target_l0)
-        sizes = cfg.ratio, sparsity, 0.0, 0, cfg.n_steps, cfg.batch_tokens
-        job = Job(architecture, *sizes)
-        theirs = with_best_lr(cfg, peer, job, cfg.target_l0, data)
-        # A whole number: the k of the TopK family.
-        reached = max(1.0, float(round(mean(one.l0 for one in theirs))))
-        own = with_best_lr(cfg, "ours", job._replace(sparsity=reached), reached, data)
-        for library, saes in ((peer, theirs), ("ours", own)):
-            yield {"architecture": architecture, "library": library, "vs": peer}, saes
+    return rows + [{"what": "sae"} | of | row for row in measured_rows(cfg, data, chosen)]
+
+
+def _settings(one: Trained) -> dict[str, Any]:
+    return {"seed": one.job.seed, "lr": one.job.lr, "sparsity": one.job.sparsity}
 
 
 def measured_rows(
-    cfg: Config, data: Data, groups: Sequence[tuple[dict[str, Any], list[Trained]]]
-) -> list[dict[str, Any]]:
+    cfg: Config, data: Data, chosen: dict[str, tuple[float, Trained]]
+) -> Iterator[dict[str, Any]]:
     """A row per SAE, measured on held-out documents in one pass."""
-    named = {
-        f"{number}/{one.job.seed}": one.dictionary
-        for number, (_, saes) in enumerate(groups)
-        for one in saes
+    named = {name: one.dictionary for name, (_, one) in chosen.items()}
+    measured = evaluate(data.evaluation, named, data.sample.mean(dim=0), cfg.n_tokens_ce)
+    for name, (target, one) in chosen.items():
+        row = {key: value for key, value in measured[name].row.items() if key in KEPT}
+        yield {"target_l0": target} | _settings(one) | row
+
+
+def finished_part(
+    cfg: Config, architecture: str, library: str, load_data: Callable[[], Data]
+) -> list[dict[str, Any]]:
+    """The rows of a frontier: those on disk if they are of the same settings and library."""
+    path = cfg.parts / f"{architecture}_{library}.json"
+    others = ("architectures", "peers", "cache", "parts", "out")
+    settings = {key: value for key, value in as_json(cfg).items() if key not in others}
+    settings["version"] = peer_versions().get(library)
+    if path.exists():
+        part = read_object(path, "settings")
+        if part["settings"] == settings:
+            return part["rows"]
+    rows = frontier(cfg, architecture, library, load_data())
+    write_json(path, {"settings": settings, "rows": rows}, is_compact=True)
+    return rows
+
+
+def frontiers(cfg: Config) -> list[tuple[str, str]]:
+    """Architectures and libraries; ours only where there is a peer to compare it with."""
+    installed = [peer for peer in cfg.peers if is_installed(peer)]
+    able = {
+        name: [peer for peer in installed if name not in LACKS[peer]] for name in cfg.architectures
     }
-    centre = data.sample.mean(dim=0)
-    measured = evaluate(data.evaluation, named, centre, cfg.n_tokens_ce)
     return [
-        {"what": "sae", **identity, "seed": one.job.seed, "lr": one.job.lr}
-        | {"sparsity": one.job.sparsity, "n_steps": cfg.n_steps, "ratio": cfg.ratio}
-        | measured[f"{number}/{one.job.seed}"].row
-        for number, (identity, saes) in enumerate(groups)
-        for one in saes
+        (name, library) for name, peers in able.items() if peers for library in (*peers, "ours")
     ]
-
-
-def gaps(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Ours minus theirs, per architecture and peer, with an interval over seeds."""
-    pairs = dict.fromkeys((row["architecture"], row["vs"]) for row in rows)
-    for architecture, peer in pairs:
-        same = [row for row in rows if (row["architecture"], row["vs"]) == (architecture, peer)]
-        by_seed = {
-            library: {row["seed"]: row for row in same if row["library"] == library}
-            for library in ("ours", peer)
-        }
-        differences = {
-            key: [by_seed["ours"][s][key] - row[key] for s, row in by_seed[peer].items()]
-            for key in ("fvu", "nats_lost", "l0")
-        }
-        yield {
-            "what": "gap", "architecture": architecture, "vs": peer,
-            "n_seeds": len(differences["fvu"]),
-            **columns("gap", t_interval(differences["fvu"])),
-            "nats_lost_gap": mean(differences["nats_lost"]), "l0_gap": mean(differences["l0"]),
-            "fvu_theirs": mean(row["fvu"] for row in by_seed[peer].values()),
-            "l0_theirs": mean(row["l0"] for row in by_seed[peer].values()),
-        }  # fmt: skip
-
-
-def print_gaps(rows: Sequence[dict[str, Any]]) -> None:
-    """A line per architecture and peer."""
-    print(f"\n{'architecture':<18}{'peer':<21}{'L0':>6}{'their FVU':>11}{'ours minus theirs':>30}")
-    for row in rows:
-        interval = f"{row['gap']:+.4f} [{row['gap_low']:+.4f}, {row['gap_high']:+.4f}]"
-        print(
-            f"{row['architecture']:<18}{row['vs']:<21}{row['l0_theirs']:>6.1f}"
-            f"{row['fvu_theirs']:>11.4f}{interval:>30}"
-        )
 
 
 def main() -> None:
     report_user_errors_in_one_line()
     cfg = read_settings(Config, description=__doc__)
     check(cfg)
-    data = load(cfg)
-    groups = list(compare(cfg, data))
-    rows = measured_rows(cfg, data, groups)
-    summary = list(gaps(rows))
+    load_data = functools.cache(partial(load, cfg))
+    rows = []
+    for architecture, library in tqdm(frontiers(cfg), desc="architecture x library"):
+        rows += finished_part(cfg, architecture, library, load_data)
+    saes = [row for row in rows if row["what"] == "sae"]
+    summary = list(gaps(saes))
     print_gaps(summary)
+    rows += [*points(saes), *summary]
     content = {"config": as_json(cfg), "environment": environment("cpu")}
     content["environment"] |= {"peers": peer_versions()}
-    print(f"\n{write_json(cfg.out, content | {'rows': rows + summary})}")
+    print(f"\n{write_json(cfg.out, content | {'rows': rows})}")
 
 
 if __name__ == "__main__":

@@ -11,12 +11,13 @@ from matplotlib.figure import Figure
 
 from data_visualization.style import LOOK, WIDTH, Row, caption, check_rows, count, main, span
 
-TEXT = ("architecture", "library", "seed")
+TEXT = ("architecture", "library")
 NUMBERS = ("l0", "l0_low", "l0_high", "fvu", "fvu_low", "fvu_high", "nats_lost", "nats_lost_low",
            "nats_lost_high", "n_steps", "ratio", "n_tokens_eval", "n_documents_eval",
-           "n_tokens_ce")  # fmt: skip
+           "n_tokens_ce", "n_seeds")  # fmt: skip
 MEASURES = {"fvu": "FVU", "nats_lost": "nats lost"}
 N_COLUMNS = 4
+TICKS = (1, 2, 4, 8, 15, 30, 60, 120, 240, 480, 960)
 LIBRARIES = {
     "ours": ("this project", "#0072b2", "o"),
     "sae_lens": ("SAELens", "#d55e00", "s"),
@@ -30,17 +31,19 @@ TITLES = {
 
 
 def draw(rows: list[Row]) -> Figure:
-    """Per architecture a panel of FVU, one of nats lost: a point per library and seed.
+    """Per architecture a panel of FVU, one of nats lost: a frontier per library.
 
     `ValueError` if a key is missing or a library has no label.
     """
-    saes = [row for row in rows if row.get("what") == "sae"]
-    check_rows([row | {"name": f"{row.get('library')} {row.get('architecture')}"} for row in saes],
-               TEXT, NUMBERS)  # fmt: skip
-    unknown = {row["library"] for row in saes} - LIBRARIES.keys()
+    points = [row for row in rows if row.get("what") == "point"]
+    check_rows(
+        [row | {"name": f"{row.get('library')} {row.get('architecture')}"} for row in points],
+        TEXT, NUMBERS,
+    )  # fmt: skip
+    unknown = {row["library"] for row in points} - LIBRARIES.keys()
     if unknown:
         raise ValueError(f"there is no label for the library {min(unknown)}")
-    names = list(dict.fromkeys(row["architecture"] for row in saes))
+    names = list(dict.fromkeys(row["architecture"] for row in points))
     n_blocks = -(-len(names) // N_COLUMNS)
     handles = {}
     with matplotlib.rc_context(LOOK):
@@ -49,9 +52,9 @@ def draw(rows: list[Row]) -> Figure:
             axes = block.subplots(2, N_COLUMNS, sharex="col")
             shown = names[N_COLUMNS * i : N_COLUMNS * (i + 1)]
             for column, name in zip(axes.T, shown, strict=False):
-                some = [row for row in saes if row["architecture"] == name]
+                some = [row for row in points if row["architecture"] == name]
                 for ax, measure in zip(column, MEASURES, strict=True):
-                    draw_architecture(ax, some, measure)
+                    draw_frontiers(ax, some, measure)
                     handles |= dict(zip(*ax.get_legend_handles_labels()[::-1], strict=True))
                 column[0].set_title(TITLES.get(name, name))
                 column[1].set_xlabel("L0")
@@ -60,48 +63,40 @@ def draw(rows: list[Row]) -> Figure:
             for ax in axes[:, len(shown) :].flatten():
                 ax.set_axis_off()
         labels = [label for label, *_ in LIBRARIES.values() if label in handles]
-        shown = [handles[label] for label in labels]
-        figure.legend(shown, labels, loc="outside upper center", ncols=3)
-        caption(figure, small_print(saes))
+        figure.legend([handles[k] for k in labels], labels, loc="outside upper center", ncols=3)
+        caption(figure, small_print(points))
     return figure
 
 
-def draw_architecture(ax: Axes, rows: list[Row], measure: str) -> None:
-    """Ours last, so that it is above; the same of our own set beside another peer is one point."""
-    shown = set()
+def draw_frontiers(ax: Axes, rows: list[Row], measure: str) -> None:
+    """A line with bars per library; ours last, so that it is above."""
     for library in reversed(LIBRARIES):
         label, colour, marker = LIBRARIES[library]
-        for row in rows:
-            place = (library, row["l0"], row[measure])
-            if row["library"] != library or place in shown:
-                continue
-            is_first = not any(of == library for of, *_ in shown)
-            shown.add(place)
-            ax.plot([row["l0_low"], row["l0_high"]], [row[measure]] * 2, color=colour,
-                    linewidth=0.7, label="_interval")  # fmt: skip
-            ax.plot([row["l0"]] * 2, [row[f"{measure}_low"], row[f"{measure}_high"]],
-                    color=colour, linewidth=0.7, label="_interval")  # fmt: skip
-            ax.plot(row["l0"], row[measure], marker, color=colour, markersize=4,
-                    label=label if is_first else f"_{label}")  # fmt: skip
-    ax.margins(0.15)
-    low, high = ax.get_xlim()
-    if high - low < 1:  # of TopK's all are the same but for rounding
-        ax.set_xlim((low + high) / 2 - 1, (low + high) / 2 + 1)
-    ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
+        some = sorted((row for row in rows if row["library"] == library), key=lambda r: r["l0"])
+        for row in some:
+            ends = row[f"{measure}_low"], row[f"{measure}_high"]
+            ax.plot([row["l0"]] * 2, ends, color=colour, linewidth=0.7, label="_interval")
+        if some:
+            ax.plot([row["l0"] for row in some], [row[measure] for row in some], color=colour,
+                    marker=marker, markersize=3.5, label=label)  # fmt: skip
+    ax.set_xscale("log")
+    ax.margins(0.12)
+    ticks = [n for n in TICKS if ax.get_xlim()[0] <= n <= ax.get_xlim()[1]]
+    ax.set_xticks(ticks, [f"{n:g}" for n in ticks])
+    ax.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
     ax.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
 
 
 def small_print(rows: list[Row]) -> str:
-    n_seeds = len({row["seed"] for row in rows})
     return (
         f"FVU: fraction of variance unexplained on "
         f"{span((r['n_tokens_eval'] for r in rows), count)} held-out tokens of "
         f"{span(r['n_documents_eval'] for r in rows)} documents. Nats lost per token: "
         f"{span((r['n_tokens_ce'] for r in rows), count)} of them. Ratio "
-        f"1:{span(r['ratio'] for r in rows)}, {span(r['n_steps'] for r in rows)} steps, "
-        f"{n_seeds} seeds, the same tokens for all. Lower and further left is better; bars: 95 % "
-        "intervals over documents. All at the best of equal sweeps of the learning rate; ours is "
-        "trained to the L0 that each peer reached."
+        f"1:{span(r['ratio'] for r in rows)}, {span(r['n_steps'] for r in rows)} steps, the same "
+        f"tokens for all. Means of {span(r['n_seeds'] for r in rows)} seeds, bars: 95 % intervals "
+        "(Student's t). Lower and further left is better. Every library's learning rate is "
+        "chosen on one grid."
     )
 
 

@@ -70,25 +70,28 @@ def test_a_name_without_a_ratio_is_refused():
         fig_training.draw([logged()[0] | {"name": "mine"}])
 
 
-def quality_row(library, seed, l0, fvu) -> dict:
-    return {"what": "sae", "architecture": "topk", "library": library, "seed": seed, "l0": l0,
+def quality_row(library, l0, fvu) -> dict:
+    return {"what": "point", "architecture": "topk", "library": library, "n_seeds": 3, "l0": l0,
             "l0_low": l0 - 1, "l0_high": l0 + 1, "fvu": fvu, "fvu_low": fvu - 0.01,
             "fvu_high": fvu + 0.01, "nats_lost": 3 * fvu, "nats_lost_low": 2 * fvu,
             "nats_lost_high": 4 * fvu, "n_steps": 300, "ratio": 2, "n_tokens_eval": 20_000,
             "n_tokens_ce": 4000, "n_documents_eval": 13}  # fmt: skip
 
 
-def test_quality_draws_each_library_where_its_row_says():
-    rows = [quality_row("ours", 0, 30, 0.2), quality_row("sae_lens", 0, 32, 0.3),
-            quality_row("sae_lens", 1, 33, 0.31)]  # fmt: skip
+def test_quality_draws_each_frontier_through_its_points():
+    rows = [quality_row("ours", 30, 0.2), quality_row("sae_lens", 64, 0.25),
+            quality_row("sae_lens", 33, 0.31), quality_row("sae_lens", 16, 0.4)]  # fmt: skip
+    # What is no point of a frontier is not drawn.
+    rows.append(rows[0] | {"what": "sae", "l0": 500})
     fvu, nats, *_ = (ax for ax in fig_quality.draw(rows).axes if ax.lines)
     assert lines(nats)["this project"] == [(30, pytest.approx(0.6))]
-    drawn = lines(fvu)
-    assert drawn["this project"] == [(30, 0.2)]
-    assert drawn["SAELens"] == [(32, 0.3)]
-    assert drawn["_SAELens"] == [(33, 0.31)]
+    assert lines(fvu)["this project"] == [(30, 0.2)]
+    assert lines(fvu)["SAELens"] == [(16, 0.4), (33, 0.31), (64, 0.25)]
+    bars = [list(line.get_ydata()) for line in fvu.lines if line.get_label() == "_interval"]
+    assert [0.19, 0.21] in [[round(y, 6) for y in bar] for bar in bars]
+    assert len(bars) == 4
     with pytest.raises(ValueError, match="no label for the library other"):
-        fig_quality.draw([quality_row("other", 0, 30, 0.2)])
+        fig_quality.draw([quality_row("other", 30, 0.2)])
 
 
 def test_speed_has_the_limit_line_and_both_ratios():

@@ -66,7 +66,7 @@ def test_the_same_results_give_the_same_bytes(folder):
 def test_results_are_looked_for_in_other_folders_too(folder, tmp_path):
     other = tmp_path / "other"
     (other / "results").mkdir(parents=True)
-    content = {"rows": [quality_row("ours", 0, 30, 0.2)]}
+    content = {"rows": [quality_row("ours", 30, 0.2)]}
     (other / "results/quality.json").write_text(json.dumps(content))
     assert "fig_quality" in run_report(folder, other).stdout.splitlines()
     assert (folder / "figures/fig_quality.png").is_file()
@@ -104,7 +104,7 @@ def test_a_run_does_not_miss_what_belongs_to_no_run(folder, tmp_path):
     assert "missing: fig_baselines; " in said
     assert "fig_quality" not in said
     (tmp_path / "results").mkdir()
-    content = {"rows": [quality_row("ours", 0, 30, 0.2)]}
+    content = {"rows": [quality_row("ours", 30, 0.2)]}
     (tmp_path / "results/quality.json").write_text(json.dumps(content))
     said = run_report(tmp_path).stdout
     assert "missing: fig_speed_topk; python -m benchmarks.train_step --architecture topk" in said
