@@ -214,9 +214,10 @@ def n_processes_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def is_restart() -> bool:
-    """Whether torchrun started these processes again after one had failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def job() -> str:
+    """What names the torchrun that started this process, also when it starts it again; or ""."""
+    identity = os.environ.get("TORCHELASTIC_RUN_ID")
+    return "" if identity is None else f"torchrun {identity} of process {os.getppid()}"
 
 
 def open_processes(device: str = "auto") -> Processes:
@@ -233,6 +234,10 @@ def open_processes(device: str = "auto") -> Processes:
     before = sys.excepthook  # torch puts one of its own in the place
     with lost_process_in_one_line():
         store, rank, size = next(dist.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # torchrun keeps the store when it starts processes again: the dead ones' addresses
+            # are still in it. (Of several machines each counts its own restarts.)
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     _let_one_process_speak(store, before)
     return Processes(rank, size)
@@ -265,11 +270,10 @@ def _let_one_process_speak(store: dist.Store, before: ExceptHook) -> None:
 
     All find the same fault in their arguments, or lose the same process, in the same moment.
     """
-    key = "errors after restart " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         sys.stderr = sys.__stderr__  # the others' is closed to everything else
-        is_said = issubclass(kind, UserError) and _add(store, key) > 1
+        is_said = issubclass(kind, UserError) and _add(store, "errors") > 1
         if is_said:
             sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
         before(kind, error, trace)

@@ -41,7 +41,8 @@ class Reporter:
         self.started = time.monotonic()
         self.console = Console(stderr=True)
         self.live = Live(console=self.console, refresh_per_second=4)
-        self.sinks = [make(run) for wanted, make in SINKS.items() if getattr(run.cfg, wanted)]
+        wanted = [make for name, make in SINKS.items() if getattr(run.cfg, name)]
+        self.sinks = [make(run) for make in wanted if run.processes.is_first]
 
     def __enter__(self) -> "Reporter":
         if self.console.is_terminal:
@@ -231,7 +232,8 @@ def _work(job: Job) -> dict[str, str]:
     rates = measure_rates(job.lm.device, job.lm.dtype)
     harvest, train = (f"{s / 60:.0f} min" if s < 7200 else f"{s / 3600:,.0f} h"
                       for s in job.seconds(rates))  # fmt: skip
-    return {
+    exchanged = f"{job.exchanged_bytes / 1e9:,.2f} GB sent by each process while training"
+    return ({} if job.n_processes == 1 else {"traffic": exchanged}) | {
         "work": f"{job.harvest_operations:.2e} operations to harvest, "
         f"{job.training_operations:.2e} to train; {job.read_bytes / 1e9:,.2f} GB read from disk",
         "time": f"about {harvest} to harvest and {train} to train, where products run at "

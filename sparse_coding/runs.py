@@ -14,7 +14,7 @@ import torch
 
 from sparse_coding.config import RunConfig, as_json, environment
 from sparse_coding.errors import UserError
-from sparse_coding.processes import ALONE, Processes, is_restart, refuse_unseen
+from sparse_coding.processes import ALONE, Processes, job, refuse_unseen
 from sparse_coding.storage import (
     atomic_path,
     disk_errors_in_one_line,
@@ -54,10 +54,14 @@ class Run:
         self.cfg, self.settings, self.processes = cfg, settings, processes
         self.environment = environment(device)
         self.folder = run_folder(cfg)
-        is_again = is_restart() and (self.folder / CONFIG).is_file() and not self._other_settings()
-        self.resumes = processes.of_first(cfg.resume or is_again)
+        self.resumes = processes.of_first(cfg.resume or self._was_begun_by_this_job())
         if processes.is_first:
             self._refuse_what_is_in_the_way()
+
+    def _was_begun_by_this_job(self) -> bool:
+        """Whether torchrun has started us again after one process had ended."""
+        lock = self.folder / LOCK
+        return bool(job()) and lock.is_file() and lock.read_text(encoding="utf-8") == job()
 
     def _refuse_what_is_in_the_way(self) -> None:
         is_run, cfg = (self.folder / CONFIG).is_file(), self.cfg
@@ -88,8 +92,12 @@ class Run:
             make_folder(self.folder)
             self._lock()
         remove_abandoned(self.folder)
-        if self.resumes:
-            return
+        if not self.resumes:
+            self._begin_anew()
+        self._lock_file.write(job())  # last: from here on the folder holds this job's run
+        self._lock_file.flush()
+
+    def _begin_anew(self) -> None:
         for path in self.folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
@@ -112,11 +120,12 @@ class Run:
             )
 
     def _lock(self) -> None:
-        self._lock_file = open(self.folder / LOCK, "w")  # noqa: SIM115 - held while we live
+        self._lock_file = open(self.folder / LOCK, "a")  # noqa: SIM115 - held while we live
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{self.folder} is in use by another process") from None
+        self._lock_file.truncate(0)
 
     @property
     def checkpoints(self) -> Path:

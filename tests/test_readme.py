@@ -18,7 +18,8 @@ SCRIPT = (ROOT / "easy_training_base.py").read_text(encoding="utf-8")
 def training_commands(text: str) -> list[str]:
     """Arguments of every call of the entry script, with lines that end in a backslash joined."""
     joined = text.replace("\\\n", " ")
-    found = re.findall(r"python easy_training_base\.py([^`\n#|]*)", joined)
+    called = r"(?:python|torchrun [^`\n]*?) easy_training_base\.py([^`\n#|]*)"
+    found = re.findall(called, joined)
     return [arguments.strip() for arguments in found]
 
 
