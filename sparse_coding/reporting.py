@@ -163,7 +163,9 @@ def print_results(rows: list[dict[str, Any]]) -> None:
             f"{row['ce_recovered']:.4f}",
             f"{row['dead_fraction']:.1%}",
         )
-    console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+    # In a file a number that is cut off is worse than a line that is too long.
+    width = max(110, Console(width=10_000).measure(table).maximum)
+    console = Console(width=None if sys.stdout.isatty() else width, highlight=False)
     console.print(table)
     n, first = rows[0]["n_tokens_eval"], rows[0]
     console.print(

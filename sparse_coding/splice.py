@@ -173,8 +173,8 @@ def _joined_hooks(
     """The same for joined hooks, whose rows were `read` in a pass of the clean model.
 
     Not in the replaced pass: all must be read before the first is replaced, so that none is read
-    as an earlier replacement changed it. Where all are of the residual stream, the last replacement
-    covers the others, but for rows that are left out; `Alone` shows what each of them costs.
+    as an earlier replacement changed it. Where all are of the residual stream, the last
+    replacement covers the others, but for rows that are left out; `Alone` shows each.
     """
     chosen = [replace.hook_name] if isinstance(replace, Alone) else sorted(read, key=moment_of)
     replace = replace.replace if isinstance(replace, Alone) else replace

@@ -60,9 +60,9 @@ class CrosscoderSAE(_JoinsHooks, UntiedSAE):
     decode: x_hat_h = f W_dec,h + b_dec,h
     loss:   sum_h ||x_h - x_hat_h||^2 + l1_coeff * sum_i f_i * sum_h ||W_dec,h[i]||
 
-    over hooks h of one model, or of two. The sum of norms, not the norm of the joined row, lets a
-    feature leave hooks out. With one hook it is `NormWeightedL1SAE`, from which it has its start
-    and that dead features stay. Difference: a joined row starts at norm 1.
+    over hooks h. The sum of norms, not the norm of the joined row, lets a feature leave hooks out.
+    With one hook it is `NormWeightedL1SAE`; as there, dead features are not treated, and the start
+    differs from the paper's (a joined row starts at norm 1).
     """
 
     name = "crosscoder"
