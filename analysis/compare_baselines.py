@@ -2,6 +2,7 @@
 
     python -m analysis.compare_baselines outputs/runs/NAME
     python -m analysis.compare_baselines outputs/runs/NAME --ratios 4 --random-lms
+    python -m analysis.compare_baselines RELEASE/DICTIONARY
 
 One SAE of the demo with both random models takes about 20 minutes of one core. A signed direction
 counts as two half-rectified features, and of every dictionary each token keeps the k features that

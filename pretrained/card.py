@@ -47,11 +47,13 @@ def _front_matter(facts: Facts) -> str:
 
 
 def _head(facts: Facts) -> str:
-    row = facts.row
+    row, target = facts.row, facts.row.get("hook_name_out")
+    kind = "transcoder" if target else "sparse autoencoder"
+    place = f"from `{row['hook_name']}` to `{target}`" if target else f"on `{row['hook_name']}`"
     return (
         f"# {facts.name}\n\n"
-        f"A sparse autoencoder of {row['d_sae']:,} features ({row['ratio']} times the width "
-        f"{row['d_in']:,}) on `{row['hook_name']}` of {row['lm']}, trained as `"
+        f"A {kind} of {row['d_sae']:,} features ({row['ratio']} times the width "
+        f"{row['d_in']:,}) {place} of {row['lm']}, trained as `"
         f"{row['architecture']}` on {row['n_tokens_trained']:,} activations.\n"
     )
 

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from pretrained import publish
 from sparse_coding.formats.saelens import load_saelens, save_saelens
 from sparse_coding.sae import ARCHITECTURES
-from sparse_coding.storage import write_json
+from sparse_coding.storage import read_json, write_json
 from tests.file_server import TOKEN, error_of
 
 ROOT = Path(__file__).parents[1]
@@ -120,6 +120,17 @@ def test_the_card_says_what_was_measured_on_what(tmp_path):
                  "123,456 activations", "(figures/fig_reconstruction.png)",
                  "| seed | 7 |", "| lr | 0.002 |", "abc123"):  # fmt: skip
         assert text in card, text
+
+
+def test_a_transcoders_card_says_from_where_to_where(tmp_path):
+    sae = make_run(tmp_path)
+    summary = read_json(tmp_path / "run/summary.json")
+    summary["rows"][0]["hook_name_out"] = "blocks.3.hook_mlp_out"
+    write_json(tmp_path / "run/summary.json", summary)
+    facts, run = publish.collect(sae, "user/name")
+    card = (publish.write_folder(facts, run, tmp_path / "out") / "README.md").read_text()
+    assert "from `blocks.3.hook_resid_post` to `blocks.3.hook_mlp_out`" in card
+    assert "A transcoder of 20 features" in card
 
 
 def test_what_the_hub_reads_is_yaml_and_states_no_licence_unasked(tmp_path):
