@@ -9,7 +9,7 @@ again, each dictionary is measured on rows that it was trained on and on held-ou
 
 Columns, all active features per row: `l0_last` in training, mean over the last sixth of a run, at
 most 50 steps; `l0_train` of what was loaded, on training rows; `l0_heldout` on held-out rows, with
-95 % intervals of a bootstrap over documents (toy: over rows); `l0_gap` the share by which
+95 % intervals of a bootstrap over documents; `l0_gap` the share by which
 `l0_heldout` is above `l0_train`. `fvu` is on the held-out rows.
 """
 
@@ -124,7 +124,7 @@ def _rows(cache: ActivationCache, hook_name: str, indices: np.ndarray) -> Tensor
 
 
 def of_toy(cfg: Config, n_steps: int) -> Data:
-    """Planted features; every row is a document of its own."""
+    """Planted features; a document is 64 rows."""
     truth = toy_truth(TOY, seed=0)
     source = ToyActivations(truth, cfg.batch_tokens, seed=0)
     heldout, _ = ToyActivations(truth, N_TRAIN, FRESH).batch(0)
@@ -134,7 +134,7 @@ def of_toy(cfg: Config, n_steps: int) -> Data:
         ToyActivations(truth, N_SAMPLE, FRESH).batch(1)[0],
         torch.cat([source.batch(n)[0] for n in range(0, n_steps, every)]),
         heldout,
-        torch.arange(N_TRAIN),
+        torch.arange(N_TRAIN) // 64,
     )
 
 
