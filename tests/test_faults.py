@@ -157,7 +157,7 @@ def test_a_flipped_bit_of_a_tensor_makes_the_checkpoint_before_it_the_newest(tmp
 
 def test_a_checkpoint_whose_tensors_were_renamed_is_damaged(tmp_path):
     path = save_checkpoint(tmp_path, 1, {"a": torch.ones(2), "b": torch.zeros(2)}, keep=1)
-    path.write_bytes(path.read_bytes().replace(b'"a"', b'"c"'))
+    path.write_bytes(path.read_bytes().replace(b'"b"', b'"c"'))
     with pytest.raises(UserError, match=r"every checkpoint .* is damaged: step_.*--overwrite"):
         load_newest_checkpoint(tmp_path)
 
@@ -319,6 +319,20 @@ def test_a_disk_that_fills_in_the_middle_of_a_log_line_is_one_line_and_the_log_i
     run.log([{"step": 11}])
     steps = [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()]
     assert steps == list(range(12))
+
+
+@pytest.mark.parametrize("where", ["weights", "error"])
+def test_a_diverged_run_pushes_out_no_good_checkpoint(tmp_path, where):
+    """Also where the next line of the log, which would say so, is steps away."""
+    parts = trainer_and_source()
+    good = save_run(tmp_path, 10, train(parts, 10), keep=1)
+    lane = parts["one"].lanes[1]
+    with torch.no_grad():
+        (lane.sae.W_enc if where == "weights" else lane.sums[None])[0, 0] = torch.nan
+    with pytest.raises(UserError, match="^topk.* diverged before step 10: .*lower --lr"):
+        save_run(tmp_path, 20, parts, keep=1)
+    assert list(tmp_path.iterdir()) == [good]
+    assert load_run(tmp_path, trainer_and_source()) == 10
 
 
 def test_a_signal_that_the_loop_did_not_ask_for_ends_the_program_behind_it():
