@@ -72,6 +72,10 @@ ALL = (
     "30",
     "--n-tokens",
     "6400",
+    "--n-tokens-eval",  # nothing is measured here but whether all is equal
+    "200",
+    "--n-tokens-ce",
+    "100",
 )
 STREAMED = (*ALL, "--no-cache", "--buffer-tokens", "3000")
 
