@@ -403,6 +403,7 @@ def test_a_run_killed_while_it_was_being_replaced_is_still_a_run(tmp_path, monke
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Run, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         open_run(tmp_path, overwrite=True)
+    assert (run.folder / "config.json").is_file()
     assert not (run.folder / "checkpoints").exists()
     open_run(tmp_path, overwrite=True)
 

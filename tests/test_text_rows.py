@@ -109,9 +109,13 @@ def test_a_stream_that_breaks_off_is_saved_where_it_stood_and_gone_on_with(tmp_p
 
 
 def test_an_error_of_the_loop_itself_saves_nothing():
+    saved = []
+    batches = saved_at_an_error(range(3), lambda: saved.append("now"))
     with pytest.raises(UserError, match="diverged"):
-        for _ in saved_at_an_error(range(3), lambda: pytest.fail("saved")):
+        for _ in batches:
             raise UserError("diverged")
+    batches.close()
+    assert not saved
 
 
 GARBAGE = {
