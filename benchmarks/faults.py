@@ -100,7 +100,7 @@ def moments(place: Path, name: str, mode: str, draw: random.Random) -> dict[str,
         return bool(since[0]) and time.monotonic() - since[0] > seconds
 
     found = {
-        "checkpoint": lambda: any((run / "checkpoints").glob(".*.tmp")),
+        "checkpoint": lambda: any((run / "checkpoints").glob(".*tmp*")),
         "training": trained,
     }
     if mode == "cache" and not any((place / name / "cache").glob("*/manifest.json")):

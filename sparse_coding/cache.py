@@ -45,6 +45,7 @@ from sparse_coding.storage import (
     fingerprint,
     make_folder,
     read_object,
+    remove_abandoned,
     sha256,
     write_json,
 )
@@ -102,7 +103,7 @@ class CacheWriter:
         assert self._layout["dtype"] in DTYPES, f"{dtype} is not one of {list(DTYPES)}"
         with disk_errors_in_one_line(self.folder):
             make_folder(self.folder)
-            self._lock = _lock(self.folder)
+            self._lock = lock(self.folder)
         try:
             self._shards = self._complete_shards()
             n_missing = n_tokens - self.n_rows_written
@@ -195,8 +196,7 @@ class CacheWriter:
         """What an earlier writer left whole, from its progress.json, up to the first damage."""
         if (self.folder / "manifest.json").exists():
             raise UserError(f"{self.folder} is a complete cache: open it, or delete the folder")
-        for abandoned in self.folder.glob("*/.*.tmp"):
-            abandoned.unlink()
+        remove_abandoned(self.folder)
         if not (self.folder / "progress.json").exists():
             return []
         progress = read_object(self.folder / "progress.json")
@@ -393,7 +393,7 @@ def _sums(rows: Float[Tensor, "rows d"]) -> dict[str, Tensor]:
     return {"sum": total, "sum_of_squares": squares.sum()}
 
 
-def _lock(folder: Path) -> TextIO:
+def lock(folder: Path) -> TextIO:
     """A file whose lock this process holds until it is closed or the process dies."""
     file = open(folder / "lock", "a+")  # noqa: SIM115
     try:

@@ -1,8 +1,13 @@
 """Checkpoints of a training run, and the signals that ask for a last one.
 
 A checkpoint is one safetensors file, written atomically, with a checksum of its tensors; the
-newest few are kept. None is called the best: the loop measures nothing on held-out text, a file
-holds a whole ladder whose SAEs would differ in it, and the learning rate falls to zero at the end.
+newest few are kept, and one of a diverged SAE is never written, so that it pushes out no good one.
+
+None is kept as the best, for it would have no use and no fair measure. A run goes on exactly from
+its newest checkpoint; from an older one it would repeat what followed. A result is never taken
+from the middle of a run, where the learning rate has not fallen to zero. The loop measures nothing
+on held-out text; the training FVU is lowest where L0 happens to be above its target, and a file
+holds a whole ladder, whose SAEs would be best at different steps.
 """
 
 import hashlib

@@ -24,16 +24,17 @@ from sparse_coding.cache import (
     ActivationCache,
     CacheWriter,
     cache_folder,
+    lock,
     open_cache,
 )
-from sparse_coding.cache_files import damaged_shards, replace_shard
+from sparse_coding.cache_files import DamagedShard, damaged_shards, replace_shard
 from sparse_coding.config import hooks_of
 from sparse_coding.errors import UserError
 from sparse_coding.models import LanguageModel
 from sparse_coding.processes import ALONE, Processes, refuse_unseen
 from sparse_coding.shared_cache import NoWriter, written_by_first
 from sparse_coding.sources import KeyedPermutation, ShuffledRows, ahead
-from sparse_coding.storage import read_json
+from sparse_coding.storage import read_json, remove_abandoned
 from sparse_coding.text import TokenBatch
 
 MAX_NORM_RATIO = 10.0
@@ -295,16 +296,28 @@ def _checked_cache(rows: Rows, folder: Path, settings: dict[str, Any]) -> Activa
 def _mend(rows: Rows, folder: Path, settings: dict[str, Any]) -> None:
     manifest = read_json(folder / "manifest.json")
     rows.max_norms = manifest["extra"]["max_norms"]
-    for damaged in damaged_shards(folder):
-        print(f"harvesting shard {damaged.number} of {folder} again")
-        with (
-            tempfile.TemporaryDirectory(prefix=".shard_", dir=folder) as place,
-            CacheWriter(
-                place, settings, manifest["hooks"], damaged.n_rows, DTYPES[manifest["dtype"]]
-            ) as writer,
-        ):
-            _fill(writer, rows, damaged.first_row)
-            replace_shard(folder, damaged, writer.finish({}))
+    if found := damaged_shards(folder):
+        with lock(folder):
+            remove_abandoned(folder)
+            for damaged in found:
+                print(f"harvesting shard {damaged.number} of {folder} again")
+                _harvest_again(rows, folder, settings, manifest, damaged)
+
+
+def _harvest_again(
+    rows: Rows,
+    folder: Path,
+    settings: dict[str, Any],
+    manifest: dict[str, Any],
+    damaged: DamagedShard,
+) -> None:
+    like = manifest["hooks"], damaged.n_rows, DTYPES[manifest["dtype"]]
+    with (
+        tempfile.TemporaryDirectory(prefix=".shard_", suffix=".tmp", dir=folder) as place,
+        CacheWriter(place, settings, *like) as writer,
+    ):
+        _fill(writer, rows, damaged.first_row)
+        replace_shard(folder, damaged, writer.finish({}))
 
 
 def _behind(rows: Rows, n_skipped: int) -> Iterator[KeptRows]:

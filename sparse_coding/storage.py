@@ -54,7 +54,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 def remove_abandoned(folder: Path) -> None:
     """Delete what killed processes left half written anywhere below a folder that we lock."""
-    for path in [*folder.rglob(".*.tmp"), *folder.rglob(".*.old")]:
+    ours, safetensors = (".*.tmp", ".*.old"), ".tmp*"  # which writes beside, then renames
+    for path in [found for pattern in (*ours, safetensors) for found in folder.rglob(pattern)]:
         if path.is_dir():
             shutil.rmtree(path)
         else:

@@ -7,7 +7,6 @@ nothing in `step` waits for the device.
 
 import copy
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -322,16 +321,21 @@ class Trainer:
         self._refuse_bad_rows()
         n = max(1, self.n_steps_summed)
         variance = self.variance_sum.item() / n
+        self._refuse_divergence()
         rows = [lane.metrics(n, variance, self.n_steps_done) for lane in self.lanes]
         self.variance_sum.zero_()
         self.n_steps_summed = 0
-        for row in rows:
-            if not math.isfinite(row["mse"]):
-                raise UserError(
-                    f"{row['name']} diverged before step {self.n_steps_done}: its squared error "
-                    f"is {row['mse']}; lower --lr (the last checkpoint is whole)"
-                )
         return rows
+
+    def _refuse_divergence(self, in_weights: bool = False) -> None:
+        """`UserError` rather than a line of the log or a checkpoint without numbers."""
+        for lane in self.lanes:
+            seen = [lane.sums, *lane.sae.parameters()] if in_weights else [lane.sums]
+            if not all(tensor.isfinite().all() for tensor in seen):
+                raise UserError(
+                    f"{lane.name} diverged before step {self.n_steps_done}: its squared error or "
+                    "its weights are not finite; lower --lr (the last checkpoint is whole)"
+                )
 
     def facts(self) -> dict[str, dict[str, Any]]:
         """What each SAE is and was trained with, by name. Waits for the device."""
@@ -374,6 +378,7 @@ class Trainer:
     def own_state(self) -> dict[str, Tensor]:
         """What this process holds of it."""
         self._refuse_bad_rows()
+        self._refuse_divergence(in_weights=True)
         state = {
             "n_steps_done": torch.tensor(self.n_steps_done),
             "scale": torch.tensor(self.scales, dtype=torch.float64),

@@ -57,6 +57,7 @@ def killed(*arguments, **named):
         path = next((a for a in arguments if hasattr(a, "write_bytes")), None)
         if path is not None:
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+            path.with_name(".tmpAbC9eF").write_bytes(b"half")  # safetensors writes here first
         os.kill(os.getpid(), signal.SIGKILL)
     return result
 setattr(target, name, killed)
@@ -72,6 +73,10 @@ ALL = (
     "30",
     "--n-tokens",
     "6400",
+    "--n-tokens-eval",  # nothing is measured here but whether all is equal
+    "200",
+    "--n-tokens-ce",
+    "100",
 )
 STREAMED = (*ALL, "--no-cache", "--buffer-tokens", "3000")
 
@@ -119,6 +124,7 @@ def test_a_run_killed_again_and_again_ends_as_the_unbroken_one(place, tmp_path, 
     assert log_of(one) == log_of(other)
     files = [sorted(p.relative_to(run) for p in run.rglob("*")) for run in (one, other)]
     assert files[0] == files[1]
+    assert not list(tmp_path.rglob(".*tmp*"))
 
 
 def trainer_and_source(n_steps: int = 40) -> dict:
@@ -157,7 +163,7 @@ def test_a_flipped_bit_of_a_tensor_makes_the_checkpoint_before_it_the_newest(tmp
 
 def test_a_checkpoint_whose_tensors_were_renamed_is_damaged(tmp_path):
     path = save_checkpoint(tmp_path, 1, {"a": torch.ones(2), "b": torch.zeros(2)}, keep=1)
-    path.write_bytes(path.read_bytes().replace(b'"a"', b'"c"'))
+    path.write_bytes(path.read_bytes().replace(b'"b"', b'"c"'))
     with pytest.raises(UserError, match=r"every checkpoint .* is damaged: step_.*--overwrite"):
         load_newest_checkpoint(tmp_path)
 
@@ -321,6 +327,20 @@ def test_a_disk_that_fills_in_the_middle_of_a_log_line_is_one_line_and_the_log_i
     assert steps == list(range(12))
 
 
+@pytest.mark.parametrize("where", ["weights", "error"])
+def test_a_diverged_run_pushes_out_no_good_checkpoint(tmp_path, where):
+    """Also where the next line of the log, which would say so, is steps away."""
+    parts = trainer_and_source()
+    good = save_run(tmp_path, 10, train(parts, 10), keep=1)
+    lane = parts["one"].lanes[1]
+    with torch.no_grad():
+        (lane.sae.W_enc if where == "weights" else lane.sums[None])[0, 0] = torch.nan
+    with pytest.raises(UserError, match="^topk.* diverged before step 10: .*lower --lr"):
+        save_run(tmp_path, 20, parts, keep=1)
+    assert list(tmp_path.iterdir()) == [good]
+    assert load_run(tmp_path, trainer_and_source()) == 10
+
+
 def test_a_signal_that_the_loop_did_not_ask_for_ends_the_program_behind_it():
     stop = StopSignal()
     with pytest.raises(SystemExit) as end, stop.awaited():
@@ -383,6 +403,7 @@ def test_a_run_killed_while_it_was_being_replaced_is_still_a_run(tmp_path, monke
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Run, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         open_run(tmp_path, overwrite=True)
+    assert (run.folder / "config.json").is_file()
     assert not (run.folder / "checkpoints").exists()
     open_run(tmp_path, overwrite=True)
 

@@ -60,6 +60,10 @@ PROOFS = {
         "openai_format.golden_files_encode_and_decode_as_their_module_recorded",
         "openai_format.ours_is_written_in_the_layout_of_v1",
     ),
+    "crosscoders": (
+        "crosscoder.ours_comes_back_bit_by_bit",
+        "crosscoder.ours_comes_back_bit_by_bit",
+    ),
     "HoagyC": ("hoagy_format.an_untied_sae_is_an_l1_sae_with_a_normalised_decoder", ""),
 }
 CONVENTIONS = [

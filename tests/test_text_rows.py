@@ -49,20 +49,22 @@ def test_a_text_that_stalls_is_said_and_ends_with_what_it_gave(impatience, capsy
     never.set()
 
 
-def test_a_text_that_is_slow_is_read_to_its_end(impatience, capsys):
-    def slow():
-        for document in documents(3):
-            time.sleep(0.12)
-            yield document
+def slow():
+    for document in documents(3):
+        time.sleep(0.12)
+        yield document
 
+
+def test_a_text_that_is_slow_is_read_to_its_end(impatience, capsys):
     assert list(text_of(slow).documents("train")) == list(documents(3))
     assert "still waiting" in capsys.readouterr().err
 
 
-def test_a_clock_that_jumps_ends_no_waiting(impatience, monkeypatch):
+def test_a_clock_that_jumps_ends_no_waiting(impatience, monkeypatch, capsys):
     clock = itertools.count(2e9, 3600.0)
     monkeypatch.setattr(time, "time", lambda: next(clock))
-    assert len(list(text_of(lambda: documents(9)).documents("train"))) == 9
+    assert list(text_of(slow).documents("train")) == list(documents(3))
+    assert "nothing for 0 s, still waiting" in capsys.readouterr().err
 
 
 class Stream(Rows):
@@ -107,9 +109,13 @@ def test_a_stream_that_breaks_off_is_saved_where_it_stood_and_gone_on_with(tmp_p
 
 
 def test_an_error_of_the_loop_itself_saves_nothing():
+    saved = []
+    batches = saved_at_an_error(range(3), lambda: saved.append("now"))
     with pytest.raises(UserError, match="diverged"):
-        for _ in saved_at_an_error(range(3), lambda: pytest.fail("saved")):
+        for _ in batches:
             raise UserError("diverged")
+    batches.close()
+    assert not saved
 
 
 GARBAGE = {
