@@ -35,19 +35,13 @@ import sys
 from sparse_coding.cache import CachedActivations
 from sparse_coding.checkpoint import StopSignal, load_run, save_run, saved_at_an_error
 from sparse_coding.distributed import make_trainer, share_of_batches
-from sparse_coding.evaluation import Evaluation, density_histogram, evaluate, take_tokens
+from sparse_coding.evaluation import Evaluation, evaluate, take_tokens
 from sparse_coding.formats.crosscoder import save_crosscoder
 from sparse_coding.formats.saelens import save_saelens
-from sparse_coding.harvest import (
-    AlignedSources,
-    Rows,
-    StreamingSources,
-    harvest_to_cache,
-    norm_limit,
-    side_by_side,
-    take_sample,
-)
+from sparse_coding.harvest import Rows, harvest_to_cache, norm_limit
+from sparse_coding.hook_sources import AlignedSources, StreamingSources, side_by_side, take_sample
 from sparse_coding.ladder import ladder, places
+from sparse_coding.metrics import density_histogram
 from sparse_coding.models import check_hook, check_target_hook, load_lm
 from sparse_coding.processes import leave_to_first, open_processes
 from sparse_coding.reporting import (

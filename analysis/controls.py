@@ -25,7 +25,8 @@ from sparse_coding.config import RunConfig
 from sparse_coding.dictionary import Dictionary
 from sparse_coding.errors import UserError
 from sparse_coding.formats.saelens import load_saelens, save_saelens
-from sparse_coding.harvest import AlignedSources, Rows, harvest_to_cache, take_sample
+from sparse_coding.harvest import Rows, harvest_to_cache
+from sparse_coding.hook_sources import AlignedSources, take_sample
 from sparse_coding.ladder import SAESpec
 from sparse_coding.runs import cache_settings
 from sparse_coding.sae import ARCHITECTURES, SAE, UntiedSAE

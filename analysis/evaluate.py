@@ -59,7 +59,8 @@ def main(cfg: Config) -> None:
     """Measure, print, write."""
 
     from analysis.subjects import Material, by_origin, load_subjects
-    from sparse_coding.evaluation import density_histogram, evaluate
+    from sparse_coding.evaluation import evaluate
+    from sparse_coding.metrics import density_histogram
 
     subjects = load_subjects(cfg.dictionaries, cfg, with_other_places=True)
     path = results_path(cfg, "evaluate", [subject.run for subject in subjects])

@@ -21,7 +21,8 @@ from sparse_coding.dictionary import Dictionary
 from sparse_coding.errors import UserError
 from sparse_coding.evaluation import Evaluation, take_tokens
 from sparse_coding.formats import load_dictionary, training_facts
-from sparse_coding.harvest import NormLimit, Rows, hook_width, norm_limit, side_by_side
+from sparse_coding.harvest import NormLimit, Rows, hook_width, norm_limit
+from sparse_coding.hook_sources import side_by_side
 from sparse_coding.models import (
     LanguageModel,
     check_hook,

@@ -40,15 +40,8 @@ from benchmarks.streams import (
 from sparse_coding.cache import CachedActivations
 from sparse_coding.config import as_json, environment
 from sparse_coding.errors import UserError, report_user_errors_in_one_line
-from sparse_coding.harvest import (
-    AlignedSources,
-    KeptRows,
-    Rows,
-    Seen,
-    activations,
-    harvest_to_cache,
-    take_sample,
-)
+from sparse_coding.harvest import KeptRows, Rows, Seen, activations, harvest_to_cache
+from sparse_coding.hook_sources import AlignedSources, take_sample
 from sparse_coding.ladder import ladder
 from sparse_coding.models import LanguageModel
 from sparse_coding.settings import Count, OutputFile, Positive, Range, Ratio, read_settings

@@ -52,12 +52,8 @@ from sparse_coding.cache import CachedActivations
 from sparse_coding.config import as_json, environment
 from sparse_coding.errors import UserError, report_user_errors_in_one_line
 from sparse_coding.evaluation import take_tokens
-from sparse_coding.harvest import (
-    AlignedSources,
-    Rows,
-    harvest_to_cache,
-    take_sample,
-)
+from sparse_coding.harvest import Rows, harvest_to_cache
+from sparse_coding.hook_sources import AlignedSources, take_sample
 from sparse_coding.ladder import ladder
 from sparse_coding.sae import SAE
 from sparse_coding.settings import Count, OutputFile, Positive, Range, Ratio, read_settings

@@ -4,7 +4,6 @@ All intervals are 95 % percentile intervals of a bootstrap over documents, the s
 SAE: differences between SAEs are paired.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -429,22 +428,3 @@ def _quantile(counts: Int[Tensor, " values"], q: float) -> int:
 def _ratio(over: Float[Tensor, " n"], under: Float[Tensor, " n"]) -> float | None:
     total = under.sum().item()
     return over.sum().item() / total if total else None
-
-
-def density_histogram(
-    n_firings: Int[Tensor, " d_sae"], n_rows: int, bin_width: float = 0.25
-) -> list[dict[str, Any]]:
-    """Histogram of log10(firing rate) in long form; edges of None count the silent features."""
-    n_bins = math.ceil(math.log10(n_rows) / bin_width)
-    edges = [-(n_bins - i) * bin_width for i in range(n_bins + 1)]
-    rates = (n_firings[n_firings > 0].cpu().double() / n_rows).log10()
-    # a rate of exactly 1 belongs to the last bin
-    bins = ((rates - edges[0]) / bin_width).long().clamp(0, n_bins - 1)
-    counts = torch.bincount(bins, minlength=n_bins).tolist()
-    edges_and_counts = [(None, None, int((n_firings == 0).sum()))]
-    edges_and_counts += zip(edges[:-1], edges[1:], counts, strict=True)
-    return [
-        {"log10_density_low": low, "log10_density_high": high, "n_features": count,
-         "n_tokens": n_rows}
-        for low, high, count in edges_and_counts
-    ]  # fmt: skip

@@ -7,7 +7,7 @@ of documents, and bootstrap intervals over documents, follow without another pas
 import math
 import statistics
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -198,3 +198,22 @@ def mean_per_row(
 def dead_upper_bound(n_rows: int) -> float:
     """Highest firing rate that a feature silent on n rows may have, at 95 % confidence: 3 / n."""
     return 3.0 / n_rows
+
+
+def density_histogram(
+    n_firings: Int[Tensor, " d_sae"], n_rows: int, bin_width: float = 0.25
+) -> list[dict[str, Any]]:
+    """Histogram of log10(firing rate) in long form; edges of None count the silent features."""
+    n_bins = math.ceil(math.log10(n_rows) / bin_width)
+    edges = [-(n_bins - i) * bin_width for i in range(n_bins + 1)]
+    rates = (n_firings[n_firings > 0].cpu().double() / n_rows).log10()
+    # a rate of exactly 1 belongs to the last bin
+    bins = ((rates - edges[0]) / bin_width).long().clamp(0, n_bins - 1)
+    counts = torch.bincount(bins, minlength=n_bins).tolist()
+    edges_and_counts = [(None, None, int((n_firings == 0).sum()))]
+    edges_and_counts += zip(edges[:-1], edges[1:], counts, strict=True)
+    return [
+        {"log10_density_low": low, "log10_density_high": high, "n_features": count,
+         "n_tokens": n_rows}
+        for low, high, count in edges_and_counts
+    ]  # fmt: skip

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sparse_coding.evaluation import density_histogram
+from sparse_coding.metrics import density_histogram
 
 
 def histogram(n_firings, n_rows):

@@ -29,8 +29,8 @@ FLOORS = {
         unit_activity token_information context_clusters probing consistency sources cache
         cache_files shared_cache processes""",
     # foreign worlds: language models, texts, other libraries' names
-    2: """harvest models builtin_text text_files text_rows text splice examples formats concepts
-        concept_sources token_tags descriptions intruders judge""",
+    2: """harvest hook_sources models builtin_text text_files text_rows text splice examples
+        formats concepts concept_sources token_tags descriptions intruders judge""",
     # a run: what trains, measures, keeps and tells
     3: """ladder training checkpoint distributed evaluation runs planning
         reporting""",

@@ -13,17 +13,15 @@ from sparse_coding import harvest
 from sparse_coding.cache import CachedActivations
 from sparse_coding.errors import UserError
 from sparse_coding.harvest import (
-    AlignedSources,
     Rows,
     Seen,
-    StreamingSources,
     activations,
     harvest_to_cache,
     hook_width,
     kept_rows,
     measure_max_norms,
-    take_sample,
 )
+from sparse_coding.hook_sources import AlignedSources, StreamingSources, take_sample
 from sparse_coding.models import load_lm
 from sparse_coding.text import TokenBatch
 

@@ -12,7 +12,8 @@ from pyarrow import parquet
 from sparse_coding import sources, text_rows
 from sparse_coding.checkpoint import load_run, save_run, saved_at_an_error
 from sparse_coding.errors import UserError
-from sparse_coding.harvest import KeptRows, Rows, StreamingSources
+from sparse_coding.harvest import KeptRows, Rows
+from sparse_coding.hook_sources import StreamingSources
 from sparse_coding.text import Text, load_text
 from sparse_coding.text_files import Document
 
