@@ -130,11 +130,9 @@ def compare(cfg: Config, material: "Material", group: "list[Subject]") -> list[R
     l0 = evaluation.l0(by_kind["sae"])
     compared = []
     for subject in group:
-        name = subject.name
+        name, facts = subject.name, subject.facts
         about = {"lm": origin.lm, "hook_name": origin.hook_name, "sae": name}
-        about |= {
-            f"sae_{key}": subject.facts.get(key) for key in ("architecture", "ratio", "seed")
-        }
+        about |= {f"sae_{key}": facts.get(key) for key in ("architecture", "ratio", "seed")}
         about["n_tokens_fit"] = activations.n_tokens
         own = {kind: saes[name] for kind, saes in by_kind.items() if name in saes}
         for entry in entries(name, max(1, round(l0[name])), own, families):

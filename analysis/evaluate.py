@@ -57,7 +57,6 @@ TABLE = {
 
 def main(cfg: Config) -> None:
     """Measure, print, write."""
-
     from analysis.subjects import Material, by_origin, load_subjects
     from sparse_coding.evaluation import evaluate
     from sparse_coding.metrics import density_histogram
@@ -81,8 +80,8 @@ def main(cfg: Config) -> None:
                 identity["hook_name_out"] = origin.target_hook_name
             identity |= subject.facts
             rows.append(identity | {"split": "heldout"} | row)
-            histogram = density_histogram(n_firings, row["n_tokens_eval"])
-            densities += [identity | bin_ for bin_ in histogram]
+            bins = density_histogram(n_firings, row["n_tokens_eval"])
+            densities += [identity | bin_ for bin_ in bins]
         device = str(material.lm.device)
     first = rows[0]
     print_table(
