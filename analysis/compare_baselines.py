@@ -132,9 +132,7 @@ def compare(cfg: Config, material: "Material", group: "list[Subject]") -> list[R
     for subject in group:
         name = subject.name
         about = {"lm": origin.lm, "hook_name": hook, "sae": name}
-        about |= {
-            f"sae_{key}": subject.facts.get(key) for key in ("architecture", "ratio", "seed")
-        }
+        about |= {f"sae_{key}": subject.facts.get(key) for key in TOLD}
         about["n_tokens_fit"] = activations.n_tokens
         own = {kind: saes[name] for kind, saes in by_kind.items() if name in saes}
         for entry in entries(name, max(1, round(l0[name])), own, families):
