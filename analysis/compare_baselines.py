@@ -37,6 +37,7 @@ FITTED = (
     "whitened_random",
 )  # fmt: skip
 CONTROLS = ("untrained", "frozen_decoder")
+TOLD = ("architecture", "ratio", "seed")  # of an SAE, in each of its rows
 
 
 @dataclass(frozen=True)
@@ -124,15 +125,14 @@ def compare(cfg: Config, material: "Material", group: "list[Subject]") -> list[R
     generator = torch.Generator().manual_seed(cfg.seed)
     contexts = scattered(material.token_batches("heldout"), cfg.n_tokens, generator)
     variance = families.data.matrix.diagonal().float()
-    evaluation = PairedEvaluation(
-        material.lm, origin.hook_name, contexts, material.max_norm, variance
-    )
+    hook = origin.hook_name
+    evaluation = PairedEvaluation(material.lm, hook, contexts, material.max_norm, variance)
     l0 = evaluation.l0(by_kind["sae"])
     compared = []
     for subject in group:
-        name, facts = subject.name, subject.facts
-        about = {"lm": origin.lm, "hook_name": origin.hook_name, "sae": name}
-        about |= {f"sae_{key}": facts.get(key) for key in ("architecture", "ratio", "seed")}
+        name = subject.name
+        about = {"lm": origin.lm, "hook_name": hook, "sae": name}
+        about |= {f"sae_{key}": subject.facts.get(key) for key in TOLD}
         about["n_tokens_fit"] = activations.n_tokens
         own = {kind: saes[name] for kind, saes in by_kind.items() if name in saes}
         for entry in entries(name, max(1, round(l0[name])), own, families):

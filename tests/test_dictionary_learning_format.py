@@ -435,32 +435,6 @@ def test_we_encode_and_decode_with_their_files_as_they_do(name, tmp_path, theirs
     assert_encodes_alike(load_dictionary_learning(tmp_path), expected, inputs())
 
 
-def test_a_norm_factor_is_the_root_mean_square_and_in_the_biases_already(tmp_path, theirs):
-    """Their features have the unit of x again, unlike SAELens's."""
-    from dictionary_learning.training import get_norm_factor
-
-    x = inputs() * torch.linspace(0.1, 3, 7)[:, None]
-    norm = get_norm_factor([x] * 3, steps=3)
-    assert norm == pytest.approx(x.square().sum(dim=1).mean().sqrt().item(), rel=1e-5)
-    assert norm != pytest.approx(x.norm(dim=1).mean().item(), rel=0.05)
-    sae = theirs.AutoEncoder(12, 20)
-    with torch.no_grad():
-        sae.normalize_decoder()
-        sae.bias += 0.1
-        sae.encoder.bias += 0.05
-        f = norm * sae.encode(x / norm)
-        x_hat = norm * sae(x / norm)
-        sae.scale_biases(norm)  # as `trainSAE` does before it saves
-    torch.save(sae.state_dict(), tmp_path / "ae.pt")
-    trainer = {"dict_class": "AutoEncoder", "norm_factor": norm}
-    (tmp_path / "config.json").write_text(json.dumps({"trainer": trainer}))
-    ours = load_dictionary_learning(tmp_path)
-    with torch.no_grad():
-        assert (f > 0).any()
-        torch.testing.assert_close(ours.encode(x), f, **ROUNDING)
-        torch.testing.assert_close(ours(x), x_hat, **ROUNDING)
-
-
 def test_ours_saved_again_by_dictionary_learning_is_still_our_class(sae, tmp_path, theirs):
     folder = save_dictionary_learning(sae, tmp_path / "a", metadata=METADATA)
     loaded, config = theirs.load_dictionary(str(folder), device="cpu")

@@ -73,8 +73,8 @@ CONVENTIONS = [
     "dictionary_learning_format.the_decoder_of_a_linear_layer_is_transposed",
     "sparsify_format.the_encoder_is_transposed_the_decoder_is_not_and_b_dec_is_subtracted",
     "dictionary_learning_format.a_norm_factor_in_the_configuration_changes_nothing",
-    "dictionary_learning_format.a_norm_factor_is_the_root_mean_square_and_in_the_biases_already",
-    "saelens_format.a_scale_that_saelens_folded_is_of_the_mean_norm",
+    "folded_norms.a_norm_factor_is_the_root_mean_square_and_in_the_biases_already",
+    "folded_norms.a_scale_that_saelens_folded_is_of_the_mean_norm",
     "saelens_format.batch_topk_with_thresholds_that_saelens_changed_is_a_jumprelu",  # norms folded
     "saelens_golden.a_topk_that_rescales_gets_unit_rows_and_a_row_of_zeros_stays_silent",
     "dictionary_learning_format.topk_counts_per_token_whatever_its_threshold",

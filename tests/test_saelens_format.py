@@ -200,31 +200,6 @@ def test_a_saelens_training_checkpoint_encodes_as_it_does_there(
         assert_encodes_alike(load_saelens(tmp_path), theirs, inputs(12))
 
 
-def test_a_scale_that_saelens_folded_is_of_the_mean_norm(tmp_path, sae_lens):
-    """sqrt(d_in) / E norm(x), not of the root mean square; features keep its units."""
-    from sae_lens.training.activation_scaler import ActivationScaler
-
-    x = inputs(12) * torch.linspace(0.1, 3, 7)[:, None]
-    scaler = ActivationScaler()
-    scaler.estimate_scaling_factor(12, iter([x] * 2), 2)
-    scale = scaler.scaling_factor
-    assert scale == pytest.approx(12**0.5 / x.norm(dim=1).mean().item(), rel=1e-5)
-    assert scale != pytest.approx(12**0.5 / x.square().sum(dim=1).mean().sqrt().item(), rel=0.05)
-    theirs = sae_lens.StandardSAE(sae_lens.StandardSAEConfig(d_in=12, d_sae=20))
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter += 0.3 * torch.randn(
-                parameter.shape, generator=torch.Generator().manual_seed(3)
-            )
-        f = theirs.encode(x * scale)
-        x_hat = theirs.decode(f) / scale
-        theirs.fold_activation_norm_scaling_factor(scale)
-        theirs.save_model(tmp_path)
-        ours = load_saelens(tmp_path)
-        torch.testing.assert_close(ours.encode(x), f, **ROUNDING)
-        torch.testing.assert_close(ours(x), x_hat, **ROUNDING)
-
-
 @pytest.mark.parametrize("training", ["batchtopk", "matryoshka_batchtopk"])
 def test_what_saelens_saves_of_batchtopk_training_encodes_alike(training, tmp_path, sae_lens):
     cls, cfg = sae_lens.registry.get_sae_training_class(training)
