@@ -1,0 +1,55 @@
+"""The controller on plants whose answer is known."""
+
+import math
+
+import pytest
+import torch
+
+from sparse_coding.l0_controller import L0Controller
+
+TARGET, FIRST, WARMUP_STEPS = 20.0, 60.0, 15
+
+
+def steered(n_steps: int, lag: float, drift: float, level: float = 600.0) -> list[float]:
+    """L0 / target in each step of a run on a plant of the first order.
+
+    L0 goes to level * l1_coeff^-1.5 with a time constant of `lag` steps, more slowly in the first
+    few, as in the warmup of a learning rate; the level falls by `drift` e-folds over the run, as
+    the coefficient that keeps an L0 does while an SAE improves.
+    """
+    controller = L0Controller(TARGET, n_steps, torch.device("cpu"))
+    log_l0, found = math.log(FIRST), []
+    for n in range(n_steps):
+        found.append(math.exp(log_l0) / TARGET)
+        controller.update(torch.tensor(log_l0).exp())
+        goal = math.log(level) - drift * n / n_steps - 1.5 * controller.l1_coeff().log().item()
+        log_l0 += (goal - log_l0) / lag * min(1, (n + 1) / WARMUP_STEPS)
+    return found
+
+
+@pytest.mark.parametrize("n_steps", [300, 2000])
+@pytest.mark.parametrize("lag", [5.0, 20.0, 40.0])
+@pytest.mark.parametrize("drift", [-6.0, 0.0, 6.0])
+def test_a_plant_that_drifts_ends_at_the_target(n_steps, lag, drift):
+    # p_anneal's penalty moves by some four e-folds, which is 6 of L0 at an exponent of 1.5.
+    assert steered(n_steps, lag, drift)[-20:] == pytest.approx([1.0] * 20, abs=0.03)
+
+
+@pytest.mark.parametrize("level", [60.0, 600.0])  # the first coefficient is right, or too small
+def test_an_l0_that_begins_far_above_does_not_fall_far_below(level):
+    # What a swing silences comes back slowly in an SAE, more slowly than in this plant.
+    assert min(steered(300, 20.0, 1.5, level)) > 0.93
+
+
+def test_a_restored_controller_goes_on_as_the_unbroken_one():
+    one, other = (L0Controller(TARGET, 50, torch.device("cpu")) for _ in range(2))
+    values = torch.linspace(90, 30, 50)
+    for l0 in values[:20]:
+        one.update(l0)
+    for name, value in other.tensors().items():
+        value.copy_(one.tensors()[name])
+    for l0 in values[20:]:
+        one.update(l0)
+        other.update(l0)
+    assert torch.equal(one.l1_coeff(), other.l1_coeff())
+    assert all(torch.equal(value, other.tensors()[key]) for key, value in one.tensors().items())
