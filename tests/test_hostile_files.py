@@ -158,7 +158,8 @@ def test_what_a_dictionary_says_of_its_origin_must_be_of_its_kind(key, value, tm
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("hooks", {}), ("hooks", {HOOK: 2**70}), ("widths", 0), ("widths", 1.5), ("dtype", []), ("dtype", "int8"), ("n_tokens", 7),
+    [("hooks", {}), ("hooks", {HOOK: 2**70}), ("widths", 0), ("widths", 1.5), ("dtype", []),
+     ("dtype", "int8"), ("n_tokens", 7),
      ("shards", {}), ("shards", [{}]), ("shards", [{"rows": 103, "files": {"a": {}}}]),
      ("statistics", {}), ("settings", None), ("extra", 1)],
 )  # fmt: skip
