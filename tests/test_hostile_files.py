@@ -17,9 +17,9 @@ from analysis.program import MeasureConfig
 from analysis.subjects import load_subjects
 from data_visualization import report, style
 from data_visualization.files import refuse
-from sparse_coding.checkpoint import load_run
+from sparse_coding.checkpoint import load_run, save_checkpoint
 from sparse_coding.errors import MAX_CHARACTERS, UserError
-from sparse_coding.formats.tensors import read_tensors, write_tensors
+from sparse_coding.formats.tensors import read_tensors
 from sparse_coding.models import load_lm
 from sparse_coding.text_files import FileReader
 
@@ -187,10 +187,10 @@ def test_a_shard_of_another_shape_is_refused(tmp_path):
 )  # fmt: skip
 def test_a_checkpoint_whose_parts_have_other_shapes_is_refused(key, value, tmp_path):
     (path,) = written("checkpoints", tmp_path).iterdir()
-    write_tensors(path, read_tensors(path) | {key: value})
+    save_checkpoint(path.parent, 3, read_tensors(path) | {key: value}, keep=1)
     before = parts()["trainer"].state_dict()
     into = parts()
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="belongs to other SAEs|no source can resume"):
         load_run(path.parent, into)
     for name, tensor in into["trainer"].state_dict().items():
         assert torch.equal(tensor, before[name]) or key.startswith("source")
