@@ -17,9 +17,9 @@ from analysis.program import MeasureConfig
 from analysis.subjects import load_subjects
 from data_visualization import report, style
 from data_visualization.files import refuse
-from sparse_coding.checkpoint import load_run
+from sparse_coding.checkpoint import load_run, save_checkpoint
 from sparse_coding.errors import MAX_CHARACTERS, UserError
-from sparse_coding.formats.tensors import read_tensors, write_tensors
+from sparse_coding.formats.tensors import read_tensors
 from sparse_coding.models import load_lm
 from sparse_coding.text_files import FileReader
 
@@ -158,13 +158,17 @@ def test_what_a_dictionary_says_of_its_origin_must_be_of_its_kind(key, value, tm
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("hooks", {}), ("hooks", {HOOK: 2**70}), ("dtype", []), ("dtype", "int8"), ("n_tokens", 7),
+    [("hooks", {}), ("hooks", {HOOK: 2**70}), ("widths", 0), ("widths", 1.5), ("dtype", []),
+     ("dtype", "int8"), ("n_tokens", 7),
      ("shards", {}), ("shards", [{}]), ("shards", [{"rows": 103, "files": {"a": {}}}]),
      ("statistics", {}), ("settings", None), ("extra", 1)],
 )  # fmt: skip
 def test_a_caches_manifest_of_another_kind_is_refused(key, value, tmp_path):
     path = written("cache", tmp_path) / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    manifest = json.loads(path.read_text())
+    if key == "widths":
+        key, value = "hooks", dict.fromkeys(manifest["hooks"], value)
+    path.write_text(json.dumps(manifest | {key: value}))
     refused("cache", path.parent, "manifest.json")
 
 
@@ -183,10 +187,10 @@ def test_a_shard_of_another_shape_is_refused(tmp_path):
 )  # fmt: skip
 def test_a_checkpoint_whose_parts_have_other_shapes_is_refused(key, value, tmp_path):
     (path,) = written("checkpoints", tmp_path).iterdir()
-    write_tensors(path, read_tensors(path) | {key: value})
+    save_checkpoint(path.parent, 3, read_tensors(path) | {key: value}, keep=1)
     before = parts()["trainer"].state_dict()
     into = parts()
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="belongs to other SAEs|no source can resume"):
         load_run(path.parent, into)
     for name, tensor in into["trainer"].state_dict().items():
         assert torch.equal(tensor, before[name]) or key.startswith("source")
