@@ -10,8 +10,9 @@ on rows that nobody trains on and nothing else is measured on. Then every L0 is 
 seed. A peer whose sparsity is set by a coefficient searches it, in at most `n_searches` runs per
 learning rate and L0.
 
-A finished frontier (one architecture by one library) is a file in `parts`; a run that finds it,
-made with the same settings and peers, goes on from there. Delete it after a change of the code.
+A frontier (one architecture by one library) is a file in `parts`, with every row as soon as there
+is one; a run that finds it, made with the same settings and peers, goes on from there, and several
+may run beside each other on different architectures. Delete it after a change of the code.
 
 Rows: "trial", a run of the first seed and how it did on the rows for choosing; "sae", a compared
 run, `fvu` and `nats_lost` on held-out documents (intervals of a bootstrap over documents);
@@ -21,7 +22,7 @@ their L0 (`benchmarks.frontiers`), below 0 ours is better.
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -187,7 +188,8 @@ class Trained(NamedTuple):
     """One finished SAE and how it does on `Data.choice`."""
 
     job: Job
-    dictionary: Dictionary
+    dictionary: Dictionary | None
+    """None: trained by an earlier run of this program, and not kept."""
     l0: float
     fvu: float
 
@@ -213,64 +215,93 @@ def train(library: str, data: Data, job: Job) -> Trained:
     return Trained(job, dictionary, fit["l0"], fit["fvu"])
 
 
-def frontier(cfg: Config, architecture: str, library: str, data: Data) -> list[dict[str, Any]]:
-    """Rows of all trials and all compared SAEs of one architecture by one library."""
-    coefficient = FIRST_COEFFICIENTS.get((library, architecture))
+class Part:
+    """What is finished of one frontier: rows in a file, which is written whenever one is added."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path, self.settings = path, settings
+        self.rows: list[dict[str, Any]] = []
+        if path.exists() and (found := read_object(path, "settings"))["settings"] == settings:
+            self.rows = found["rows"]
+
+    def add(self, rows: Iterable[dict[str, Any]]) -> None:
+        self.rows += rows
+        write_json(self.path, {"settings": self.settings, "rows": self.rows}, is_compact=True)
+
+    def of(self, what: str) -> list[dict[str, Any]]:
+        return [row for row in self.rows if row["what"] == what]
+
+
+def part_of(cfg: Config, architecture: str, library: str) -> Part:
+    """That of the same settings and of the library as it is installed."""
+    others = ("architectures", "peers", "cache", "parts", "out")
+    settings = {key: value for key, value in as_json(cfg).items() if key not in others}
+    settings["version"] = peer_versions().get(library)
+    return Part(cfg.parts / f"{architecture}_{library}.json", settings)
+
+
+def complete(cfg: Config, architecture: str, library: str, load_data: Callable[[], Data]) -> Part:
+    """A frontier with all its rows; what is missing is trained and measured now."""
+    part = part_of(cfg, architecture, library)
+    done = {row["target_l0"] for row in part.of("sae")}
+    missing = [target for target in cfg.target_l0 if target not in done]
+    if not missing:
+        return part
+    of = {"architecture": architecture, "library": library, "n_steps": cfg.n_steps}
+    of["ratio"] = cfg.ratio
+
+    def run(job: Job) -> Trained:
+        one = train(library, load_data(), job)
+        fvu = one.fvu if math.isfinite(one.fvu) else None
+        part.add([{"what": "trial"} | of | _settings(one) | {"l0": one.l0, "fvu": fvu}])
+        return one
+
     first = Job(architecture, cfg.ratio, 0.0, 0.0, cfg.seeds[0], cfg.n_steps, cfg.batch_tokens)
-    trials = Trials(partial(train, library, data), first, coefficient)
-
-    def error(place: int) -> float:
-        one = trials.towards(cfg.target_l0[0], cfg.lrs[place], cfg.n_searches, L0_IS_NEAR)
-        return one.error_at(cfg.target_l0[0])
-
-    lr = cfg.lrs[climb(len(cfg.lrs), (len(cfg.lrs) - 1) // 2, error)]
-    chosen: dict[str, tuple[float, Trained]] = {}
-    for target in cfg.target_l0:
-        one = trials.towards(target, lr, cfg.n_searches, L0_IS_MET)
-        for seed in cfg.seeds:
-            again = (
-                one if seed == one.job.seed else train(library, data, one.job._replace(seed=seed))
-            )
-            chosen[f"{target:g}/{seed}"] = target, again
-    of = {"architecture": architecture, "library": library, "n_steps": cfg.n_steps,
-          "ratio": cfg.ratio}  # fmt: skip
-    rows = [
-        {"what": "trial"} | of | _settings(one) | {"l0": one.l0, "fvu": one.fvu}
-        for one in trials.all
-    ]
-    return rows + [{"what": "sae"} | of | row for row in measured_rows(cfg, data, chosen)]
+    trials = Trials(run, first, FIRST_COEFFICIENTS.get((library, architecture)))
+    trials.all = [_remembered(first, row) for row in part.of("trial")]
+    lr = best_lr(cfg, trials)
+    for target in missing:
+        job = trials.towards(target, lr, cfg.n_searches, L0_IS_MET).job
+        saes = [_trained(trials, library, load_data, job._replace(seed=s)) for s in cfg.seeds]
+        rows = measured_rows(cfg, load_data(), saes)
+        part.add({"what": "sae", "target_l0": target} | of | row for row in rows)
+    return part
 
 
 def _settings(one: Trained) -> dict[str, Any]:
     return {"seed": one.job.seed, "lr": one.job.lr, "sparsity": one.job.sparsity}
 
 
-def measured_rows(
-    cfg: Config, data: Data, chosen: dict[str, tuple[float, Trained]]
-) -> Iterator[dict[str, Any]]:
-    """A row per SAE, measured on held-out documents in one pass."""
-    named = {name: one.dictionary for name, (_, one) in chosen.items()}
+def _remembered(first: Job, row: dict[str, Any]) -> Trained:
+    """A trial of which the row is left."""
+    fvu = math.nan if row["fvu"] is None else row["fvu"]
+    return Trained(first._replace(lr=row["lr"], sparsity=row["sparsity"]), None, row["l0"], fvu)
+
+
+def _trained(trials: Trials, library: str, load_data: Callable[[], Data], job: Job) -> Trained:
+    """A trial's SAE, unless another run of this program had it; else one made now."""
+    at_hand = (one for one in trials.all if one.job == job and one.dictionary is not None)
+    return next(at_hand, None) or train(library, load_data(), job)
+
+
+def best_lr(cfg: Config, trials: Trials[Trained]) -> float:
+    """The rate whose neighbours on the grid are worse at the first L0."""
+
+    def error(place: int) -> tuple[bool, float]:
+        one = trials.towards(cfg.target_l0[0], cfg.lrs[place], cfg.n_searches, L0_IS_NEAR)
+        return one.error_at(cfg.target_l0[0])
+
+    return cfg.lrs[climb(len(cfg.lrs), (len(cfg.lrs) - 1) // 2, error)]
+
+
+def measured_rows(cfg: Config, data: Data, saes: Sequence[Trained]) -> list[dict[str, Any]]:
+    """A row per SAE of another seed each, measured on held-out documents in one pass."""
+    named = {str(one.job.seed): one.dictionary for one in saes}
     measured = evaluate(data.evaluation, named, data.sample.mean(dim=0), cfg.n_tokens_ce)
-    for name, (target, one) in chosen.items():
-        row = {key: value for key, value in measured[name].row.items() if key in KEPT}
-        yield {"target_l0": target} | _settings(one) | row
-
-
-def finished_part(
-    cfg: Config, architecture: str, library: str, load_data: Callable[[], Data]
-) -> list[dict[str, Any]]:
-    """The rows of a frontier: those on disk if they are of the same settings and library."""
-    path = cfg.parts / f"{architecture}_{library}.json"
-    others = ("architectures", "peers", "cache", "parts", "out")
-    settings = {key: value for key, value in as_json(cfg).items() if key not in others}
-    settings["version"] = peer_versions().get(library)
-    if path.exists():
-        part = read_object(path, "settings")
-        if part["settings"] == settings:
-            return part["rows"]
-    rows = frontier(cfg, architecture, library, load_data())
-    write_json(path, {"settings": settings, "rows": rows}, is_compact=True)
-    return rows
+    return [
+        _settings(one) | {k: v for k, v in measured[str(one.job.seed)].row.items() if k in KEPT}
+        for one in saes
+    ]
 
 
 def frontiers(cfg: Config) -> list[tuple[str, str]]:
@@ -291,7 +322,7 @@ def main() -> None:
     load_data = functools.cache(partial(load, cfg))
     rows = []
     for architecture, library in tqdm(frontiers(cfg), desc="architecture x library"):
-        rows += finished_part(cfg, architecture, library, load_data)
+        rows += complete(cfg, architecture, library, load_data).rows
     saes = [row for row in rows if row["what"] == "sae"]
     summary = list(gaps(saes))
     print_gaps(summary)

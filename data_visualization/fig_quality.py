@@ -17,7 +17,8 @@ NUMBERS = ("l0", "l0_low", "l0_high", "fvu", "fvu_low", "fvu_high", "nats_lost",
            "n_tokens_ce", "n_seeds")  # fmt: skip
 MEASURES = {"fvu": "FVU", "nats_lost": "nats lost"}
 N_COLUMNS = 4
-TICKS = (1, 2, 4, 8, 15, 30, 60, 120, 240, 480, 960)
+TICKS = (1, 2, 3, 5, 10, 15, 20, 30, 40, 60, 80, 120, 160, 240, 320, 480, 960)
+NARROWEST = 2.0  # of the L0 axis: highest over lowest
 LIBRARIES = {
     "ours": ("this project", "#0072b2", "o"),
     "sae_lens": ("SAELens", "#d55e00", "s"),
@@ -81,7 +82,10 @@ def draw_frontiers(ax: Axes, rows: list[Row], measure: str) -> None:
                     marker=marker, markersize=3.5, label=label)  # fmt: skip
     ax.set_xscale("log")
     ax.margins(0.12)
-    ticks = [n for n in TICKS if ax.get_xlim()[0] <= n <= ax.get_xlim()[1]]
+    low, high = ax.get_xlim()
+    wider = max(1.0, NARROWEST * low / high) ** 0.5
+    ax.set_xlim(low / wider, high * wider)
+    ticks = [n for n in TICKS if low / wider <= n <= high * wider]
     ax.set_xticks(ticks, [f"{n:g}" for n in ticks])
     ax.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
     ax.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))

@@ -94,6 +94,14 @@ def test_quality_draws_each_frontier_through_its_points():
         fig_quality.draw([quality_row("other", 30, 0.2)])
 
 
+def test_equal_l0s_look_equal():
+    rows = [quality_row("ours", 30, 0.2), quality_row("sae_lens", 30.01, 0.3)]
+    for ax in (ax for ax in fig_quality.draw(rows).axes if ax.lines):
+        low, high = ax.get_xlim()
+        assert low * high == pytest.approx(30**2, rel=0.01)
+        assert high / low == pytest.approx(2)
+
+
 def test_speed_has_the_limit_line_and_both_ratios():
     rows = style.read_rows(ROOT / "benchmarks/results/train_step.json")
     left, right = fig_speed.draw(rows).axes

@@ -9,7 +9,7 @@ import torch
 from benchmarks import quality
 from benchmarks.frontiers import at_l0, gaps
 from benchmarks.learners import Job
-from benchmarks.quality import Config, Trained, check, finished_part, spread
+from benchmarks.quality import Config, Trained, check, spread
 from benchmarks.searches import Trials, climb, next_coefficient
 from sparse_coding.errors import UserError
 from sparse_coding.sae import L1SAE
@@ -148,23 +148,64 @@ def test_cross_entropies_are_taken_all_over_the_held_out_text():
     assert all((batch.valid == (batch.tokens > 3)).all() for batch in batches)
 
 
-def test_a_finished_frontier_is_made_once_and_anew_with_other_settings(tmp_path, monkeypatch):
-    made = []
+class World:
+    """Trainings and measurements that take no time; the power may fail after some."""
 
-    def frontier(cfg, architecture, library, data):
-        made.append((cfg.n_steps, architecture, library))
-        return [{"what": "sae", "n": len(made)}]
+    def __init__(self, monkeypatch, n_until_failure=None):
+        self.trained, self.n_left = [], n_until_failure
+        monkeypatch.setattr(quality, "train", self.train)
+        monkeypatch.setattr(quality, "measured_rows", self.measured_rows)
 
-    monkeypatch.setattr(quality, "frontier", frontier)
+    def train(self, library, data, job):
+        if self.n_left is not None and len(self.trained) == self.n_left:
+            raise KeyboardInterrupt
+        self.trained.append(job)
+        fvu = 0.2 + abs(math.log(job.lr / 0.008)) - 0.045 * math.log2(job.sparsity / 30)
+        return Trained(job, L1SAE(2, 3), job.sparsity, fvu if job.lr < 0.01 else math.nan)
+
+    def measured_rows(self, cfg, data, saes):
+        assert all(one.dictionary is not None for one in saes)
+        return [{"seed": one.job.seed, "lr": one.job.lr, "l0": one.l0} for one in saes]
+
+
+def completed(cfg):
+    return quality.complete(cfg, "topk", "ours", lambda: None).of("sae")
+
+
+def test_the_best_rate_is_trained_at_every_l0_with_every_seed(tmp_path, monkeypatch):
+    world = World(monkeypatch)
+    rows = completed(Config(parts=tmp_path))
+    assert {(row["target_l0"], row["seed"]) for row in rows} == {
+        (l0, seed) for l0 in (30.0, 15.0, 60.0) for seed in (0, 1, 2)}  # fmt: skip
+    assert {row["lr"] for row in rows} == {0.008}
+    assert len(world.trained) == len(set(world.trained)) == 9 + 2  # 0.004 and 0.016 were tried
+
+
+@pytest.mark.parametrize("n", range(1, 11))
+def test_an_interrupted_benchmark_repeats_one_l0_at_most(n, tmp_path, monkeypatch):
     cfg = Config(parts=tmp_path)
-    first = finished_part(cfg, "topk", "ours", lambda: None)
-    # What else is compared, and where it is written, changes no frontier.
-    other = Config(parts=tmp_path, architectures=("topk", "gated"), out=tmp_path / "x.json")
-    assert finished_part(other, "topk", "ours", lambda: None) == first
-    longer = Config(parts=tmp_path, n_steps=301)
-    assert finished_part(longer, "topk", "ours", lambda: None) == [{"what": "sae", "n": 2}]
-    finished_part(longer, "gated", "ours", lambda: None)
-    assert made == [(300, "topk", "ours"), (301, "topk", "ours"), (301, "gated", "ours")]
+    World(monkeypatch, n)
+    with pytest.raises(KeyboardInterrupt):
+        completed(cfg)
+    world = World(monkeypatch)
+    rows = completed(cfg)
+    assert len(world.trained) <= 11 - n + len(cfg.seeds) - 1
+    again = World(monkeypatch)
+    assert completed(cfg) == rows
+    assert len(rows) == 9
+    assert not again.trained
+
+
+def test_other_settings_are_another_frontier(tmp_path, monkeypatch):
+    World(monkeypatch)
+    completed(Config(parts=tmp_path))
+    # What else is compared, and where it is written, changes none.
+    same = World(monkeypatch)
+    completed(Config(parts=tmp_path, architectures=("topk", "gated"), out=tmp_path / "x.json"))
+    assert not same.trained
+    longer = World(monkeypatch)
+    completed(Config(parts=tmp_path, n_steps=301))
+    assert {job.n_steps for job in longer.trained} == {301}
 
 
 @pytest.mark.parametrize(
