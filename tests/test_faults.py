@@ -435,10 +435,9 @@ def test_ten_hours_of_logs_and_checkpoints_keep_memory_and_files_flat(tmp_path, 
 
 def ten_hours(place: Path) -> tuple[list[int], set[int], Run]:
     parts = trainer_and_source(n_steps=36_000)
-    run = open_run(place)
     sizes, n_files = [], set()
     tracemalloc.start()
-    with Reporter(run, 36_000) as reporter:
+    with Reporter(run := open_run(place), 36_000) as reporter:
         for step in range(25, 36_001, 25):
             rows = train(parts, 1)["one"].metrics()
             reporter.log([row | {"step": step} for row in rows])
