@@ -19,12 +19,13 @@ from safetensors.torch import load_file, save_file
 
 from sparse_coding.errors import UserError
 from sparse_coding.formats import FORMATS, load_dictionary
+from sparse_coding.formats.crosscoder import save_crosscoder
 from sparse_coding.formats.dictionary_learning import save_dictionary_learning
 from sparse_coding.formats.gemma_scope import save_gemma_scope
 from sparse_coding.formats.openai import save_openai
 from sparse_coding.formats.saelens import save_saelens
 from sparse_coding.formats.sparsify import save_sparsify
-from sparse_coding.sae import ARCHITECTURES
+from sparse_coding.sae import ARCHITECTURES, CrosscoderSAE
 
 GOLDEN = Path(__file__).parent / "golden"
 README = Path(__file__).parents[1] / "README.md"
@@ -100,7 +101,7 @@ def table() -> dict[str, tuple[str, str]]:
 
 def test_every_cell_of_the_readmes_table_has_its_test():
     rows = table()
-    assert len(rows) == len(PROOFS) == 8
+    assert len(rows) == len(PROOFS) == 9
     for (name, (read, written)), (start, proofs) in zip(rows.items(), PROOFS.items(), strict=True):
         assert start in name
         assert [read.startswith("no"), written.startswith("no")] == [not p for p in proofs], name
@@ -186,6 +187,7 @@ FILES = {
     "dictionary_learning": ("dictionary_learning/gated", "ae.pt"),
     "december_2023": ("dictionary_learning/december_2023", "ae.pt"),
     "openai": ("openai", "topk.pt"),
+    "crosscoder": ("", "crosscoder.safetensors"),
     "hoagy": ("", "learned_dicts.pt"),
 }
 RAN = []  # what a hostile file's code would add to
@@ -206,9 +208,12 @@ UntiedSAE.__module__ = "autoencoders.learned_dict"
 def whole(name: str, folder: Path, monkeypatch) -> Path:
     """A good file of a format, in a folder of its own."""
     golden, file = FILES[name]
-    if name != "hoagy":
+    if golden:
         shutil.copytree(GOLDEN / golden, folder)
         return folder / file
+    if name == "crosscoder":
+        sae = CrosscoderSAE(D_IN, D_SAE, widths=(2, 3))
+        return save_crosscoder(sae, folder, metadata={"hook_name": "a+b"}) / file
     import sys
     import types
 
