@@ -19,7 +19,7 @@ from sparse_coding.config import RunConfig
 from sparse_coding.distributed import make_trainer, share_of_batches
 from sparse_coding.ladder import ladder
 from sparse_coding.processes import Processes, open_processes
-from sparse_coding.sae import ARCHITECTURES
+from sparse_coding.sae import ARCHITECTURES, CROSSCODERS
 from sparse_coding.sources import TensorActivations
 from sparse_coding.training import Trainer, TrainingConfig
 
@@ -37,12 +37,18 @@ class Ladder(NamedTuple):
     """One trainer of the test."""
 
     names: tuple[str, ...]
-    target_width: int
+    target_width: int = 0
+    hook_widths: tuple[int, ...] = ()
+
+    @property
+    def n_columns(self) -> int:
+        return sum(self.hook_widths) or D_IN + self.target_width
 
 
 LADDERS = {
-    "saes": Ladder(tuple(ARCHITECTURES), 0),
+    "saes": Ladder(tuple(ARCHITECTURES)),
     "transcoders": Ladder(("l1", "batch_topk", "jumprelu", "matryoshka"), D_OUT),
+    "crosscoders": Ladder(tuple(CROSSCODERS), hook_widths=(D_IN, 4)),
 }
 
 
@@ -58,16 +64,17 @@ def rows() -> Tensor:
 
 
 def columns(x: Tensor, name: str) -> Tensor:
-    return x if LADDERS[name].target_width else x[:, :D_IN]
+    return x[:, : LADDERS[name].n_columns]
 
 
 def begin(processes: Processes, parallel: str, x: Tensor) -> dict[str, Trainer]:
     trainers = {}
-    for name, (architectures, width) in LADDERS.items():
-        specs = ladder(architectures, (4,), (), (3.0,), (0,), bool(width))
-        sample = columns(x[:512], name)
+    for name, (architectures, width, hook_widths) in LADDERS.items():
+        grid = architectures, (4,), (), (3.0,), (0,)
+        specs = ladder(*grid, are_transcoders=bool(width), n_hooks=len(hook_widths) or 1)
+        fit = specs, TRAINING, columns(x[:512], name)
         trainers[name] = make_trainer(
-            processes, parallel, specs, TRAINING, sample, target_width=width
+            processes, parallel, *fit, target_width=width, hook_widths=hook_widths
         )
     return trainers
 

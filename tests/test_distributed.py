@@ -24,7 +24,7 @@ from sparse_coding.models import LMSize
 from sparse_coding.planning import Job, check_division
 from sparse_coding.processes import ALONE
 from sparse_coding.runs import Run, run_settings
-from sparse_coding.sae import ARCHITECTURES
+from sparse_coding.sae import TRAINABLE
 
 # Sums over 2 or 4 parts round otherwise: 1e-14 a step in float64. Adam divides by the root of
 # second moments that start at 0, and f^p of p_anneal has an infinite slope at 0: both amplify what
@@ -88,14 +88,14 @@ def assert_same_row(found: dict, expected: dict) -> None:
         assert found[key] == same, (key, expected)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", TRAINABLE)
 @pytest.mark.parametrize("parallel", ["data", "features"])
 def test_two_processes_train_as_one_with_the_joined_batch(left, one, parallel, architecture):
     states, *_ = one
     assert_close(load_file(left / f"{parallel}_{HALF}.safetensors"), states[HALF], architecture)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", TRAINABLE)
 @pytest.mark.parametrize("parallel", shared.MODES)
 def test_four_processes_go_on_from_two_that_divided_otherwise(left, one, parallel, architecture):
     states, _, weights, _ = one
@@ -136,7 +136,7 @@ def test_one_process_goes_on_from_four(left, one):
             trainers = shared.begin(ALONE, "ladder", shared.rows())
             shared.restore(trainers, load_file(left / f"{parallel}_{WHOLE}.safetensors"))
             resumed = shared.state_of(trainers)
-            for architecture in ARCHITECTURES:
+            for architecture in TRAINABLE:
                 assert_close(resumed, states[WHOLE], architecture)
     finally:
         torch.set_default_dtype(default)
