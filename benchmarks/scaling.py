@@ -318,11 +318,13 @@ COLUMNS = {
 
 
 def table(rows: list[Row], what: str) -> str:
-    """The rows of a kind as a table of Markdown."""
+    """The rows of a kind as a table of Markdown; `-` for null."""
     columns = COLUMNS[what]
     lines = [list(columns), ["---"] * len(columns)]
-    lines += [[form.format(**row) for form in columns.values()] for row in rows
-              if row["what"] == what]  # fmt: skip
+    for row in rows:
+        if row["what"] == what:
+            shown = {key: "-" if value is None else value for key, value in row.items()}
+            lines.append([form.format(**shown) for form in columns.values()])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

@@ -202,7 +202,7 @@ def print_plan(cfg: RunConfig, specs: list[SAESpec]) -> None:
         "text": f"{cfg.text}, contexts of {cfg.context_length} tokens",
         "tokens": f"{cfg.n_tokens:,} x {cfg.n_epochs} = {job.n_steps:,} steps of "
         f"{cfg.batch_tokens:,}",
-        "SAEs": f"{len(specs) * job.n_hooks}: {specs[0].name} ... {specs[-1].name}, "
+        "SAEs": f"{len(specs) * job.n_hooks}: {_first_and_last(specs)}, "
         f"{job.n_parameters / 1e6:,.1f}M parameters",
         "memory": f"{gb(job.memory_bytes / 1e9)}: {gb(job.lm_bytes / 1e9)} the language model, "
         f"{gb(job.training_bytes / 1e9)} training, {gb(job.buffer_bytes / 1e9)} activations, "
@@ -220,6 +220,11 @@ def print_plan(cfg: RunConfig, specs: list[SAESpec]) -> None:
     fewer = "train fewer or smaller SAEs at once (--ratios, --target-l0, --seed, --hook-name)"
     check_memory(n_here * job.memory_bytes, lm.device, "the run", fewer)
     check_disk(disk, run_folder(cfg), f"harvest fewer tokens, stream them (--no-cache) or {fewer}")
+
+
+def _first_and_last(specs: list[SAESpec]) -> str:
+    first, last = specs[0].name, specs[-1].name
+    return first if len(specs) == 1 else f"{first} ... {last}"
 
 
 def _work(job: Job) -> dict[str, str]:

@@ -24,12 +24,13 @@ from sparse_coding.checkpoint import load_newest_checkpoint, load_run, save_chec
 from sparse_coding.config import RunConfig
 from sparse_coding.errors import UserError
 from sparse_coding.harvest import KeptRows, Rows, harvest_to_cache
+from sparse_coding.ladder import ladder
 from sparse_coding.reporting import Reporter
 from sparse_coding.runs import Run, run_settings
 from sparse_coding.sae import ARCHITECTURES
 from sparse_coding.sources import TensorActivations
 from sparse_coding.storage import disk_errors_in_one_line
-from sparse_coding.training import Trainer, TrainingConfig, ladder
+from sparse_coding.training import Trainer, TrainingConfig
 
 # Runs the entry script and kills it with SIGKILL at one call: its number, counted from 1. A file
 # that was to be written then has half of its bytes.

@@ -271,7 +271,7 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(harvest, "CacheWriter", lambda *settings: writer(*settings, 20))
 
 
-@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, UserError])
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt(), UserError("gone")], ids=repr)
 @pytest.mark.parametrize("n_tokens", [90, 10_000])
 def test_an_interrupted_harvest_continues_to_the_same_bytes(
     lm, tmp_path, limits, small_shards, interrupt, n_tokens
@@ -284,7 +284,7 @@ def test_an_interrupted_harvest_continues_to_the_same_bytes(
 
     rows = Rows(lm, failing, HOOKS)
     rows.max_norms = limits
-    with pytest.raises(interrupt):
+    with pytest.raises(type(interrupt)):
         harvest_to_cache(rows, tmp_path / "broken", {"lm": "tiny"}, n_tokens, "float32")
     (progress,) = (tmp_path / "broken").rglob("progress.json")
     assert sum(shard["rows"] for shard in json.loads(progress.read_text())["shards"]) in (40, 60)

@@ -404,7 +404,7 @@ def test_the_score_of_one_feature_is_scikit_learns_on_activations_read_apart(
     "flags, said",
     [
         (["--concepts", "dna"], "one concept"),
-        (["--n-documents", "3"], "cross-validate"),
+        (["--n-documents", "3"], "10 or more"),
         (["--ks", "0"], "1 or more"),
         (["--concepts", "dna", "runes"], "no concept runes"),
         (["--ratios", "3"], "it has [1, 4]"),
