@@ -1,8 +1,9 @@
 """Does training end at the L0 that was asked for, and does the L0 hold on text not trained on?
 
     python -m benchmarks.l0_targets
+    python -m benchmarks.l0_targets --data lm --n-steps 300 --architectures l1 p_anneal gated
 
-Half an hour on two cores. Every class is trained towards every target, on the embedded model's
+Every class is trained towards every target, on the embedded model's
 activations (those of the demo: harvested unless it left them) and on toy data of planted features,
 for each number of steps. A longer run reads the cache more than once. Written to disk and loaded
 again, each dictionary is measured on rows that it was trained on and on held-out ones.
@@ -19,7 +20,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ from sparse_coding.errors import report_user_errors_in_one_line
 from sparse_coding.formats import load_dictionary
 from sparse_coding.formats.saelens import save_saelens
 from sparse_coding.harvest import Rows, harvest_to_cache
-from sparse_coding.ladder import SAESpec, ladder
+from sparse_coding.ladder import SAESpec, check_architectures, ladder
 from sparse_coding.metrics import bootstrap_weights, columns, interval
 from sparse_coding.models import load_lm
 from sparse_coding.runs import cache_settings
@@ -55,6 +56,8 @@ FRESH = 1_000_000  # seed of toy rows that nothing is trained on
 class Config:
     """What is trained."""
 
+    data: tuple[Literal["toy", "lm"], ...] = ("toy", "lm")
+    """What is learnt: planted features, the language model's activations."""
     architectures: tuple[str, ...] = tuple(ARCHITECTURES)
     """Classes."""
     target_l0: tuple[Positive, ...] = (20.0, 40.0, 80.0)
@@ -199,8 +202,9 @@ def _l0(dictionary: Dictionary, x: Float[Tensor, "n d_in"]) -> Float[Tensor, " n
 
 def main(cfg: Config) -> None:
     """Harvest, train, print, write."""
-    caches = harvest(cfg)
-    combinations = itertools.product(cfg.n_steps, ("toy", "lm"), cfg.architectures)
+    check_architectures(cfg.architectures, "--architectures")
+    caches = harvest(cfg) if "lm" in cfg.data else ({}, {})
+    combinations = itertools.product(cfg.n_steps, cfg.data, cfg.architectures)
     jobs = [(cfg, data, name, n_steps, caches) for n_steps, data, name in combinations]
     rows = in_processes(fit, jobs, cfg.n_processes, "class")
     for row in rows:

@@ -1,12 +1,16 @@
-"""The controller on plants whose answer is known."""
+"""The controller on plants whose answer is known, and what the committed benchmark says of it."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from sparse_coding.l0_controller import L0Controller
+from sparse_coding.sae import ARCHITECTURES
 
+ROOT = Path(__file__).parents[1]
 TARGET, FIRST, WARMUP_STEPS = 20.0, 60.0, 15
 
 
@@ -53,3 +57,19 @@ def test_a_restored_controller_goes_on_as_the_unbroken_one():
         other.update(l0)
     assert torch.equal(one.l1_coeff(), other.l1_coeff())
     assert all(torch.equal(value, other.tensors()[key]) for key, value in one.tensors().items())
+
+
+def test_the_l0_of_the_committed_runs_is_within_what_the_readme_says():
+    path = ROOT / "benchmarks" / "results" / "l0_targets.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    penalised = {name for name, cls in ARCHITECTURES.items() if not cls.sparsity_is_chosen}
+    found = {(row["architecture"], row["target_l0"]) for row in rows}
+    assert found >= {(name, target) for name in penalised for target in (20.0, 40.0, 80.0)}
+    trained, heldout = (
+        sorted(100 * (row[key] / row["target_l0"] - 1) for row in rows)
+        for key in ("l0_train", "l0_heldout")
+    )
+    assert trained[0] >= -5 and trained[-1] <= 5
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"end {-trained[0]:.1f} % under to {trained[-1]:.1f} % over 20, 40 and 80" in readme
+    assert f"more than asked, by {heldout[0]:.1f} to {heldout[-1]:.1f} %" in readme
