@@ -105,8 +105,9 @@ def test_the_table_of_other_sizes_is_the_benchmarks(name):
         assert f"| {' | '.join(cells)} | {row['encode_limit_fraction']:.0%} |" in README
 
 
-def test_the_table_of_quality_is_the_benchmarks():
-    path = ROOT / "benchmarks" / "results" / "quality.json"
+@pytest.mark.parametrize("name", ["quality", "quality_topk"])
+def test_the_table_of_quality_is_the_benchmarks(name):
+    path = ROOT / "benchmarks" / "results" / f"{name}.json"
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
     found = [row for row in rows if row["what"] == "gap"]
     assert found
