@@ -163,6 +163,8 @@ class Rows:
     Several processes take turns in running the model, and all see all rows in the text's order.
     """
 
+    processes: Processes = ALONE
+
     def __init__(
         self,
         lm: LanguageModel,
