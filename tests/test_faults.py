@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import resource
-import signal
 import sys
 import time
 import tracemalloc
@@ -22,7 +21,6 @@ from tiny_runs import command, run_in
 from sparse_coding import harvest
 from sparse_coding.cache import CacheWriter
 from sparse_coding.checkpoint import (
-    StopSignal,
     load_newest_checkpoint,
     load_run,
     save_checkpoint,
@@ -339,15 +337,6 @@ def test_a_diverged_run_pushes_out_no_good_checkpoint(tmp_path, where):
         save_run(tmp_path, 20, parts, keep=1)
     assert list(tmp_path.iterdir()) == [good]
     assert load_run(tmp_path, trainer_and_source()) == 10
-
-
-def test_a_signal_that_the_loop_did_not_ask_for_ends_the_program_behind_it():
-    stop = StopSignal()
-    with pytest.raises(SystemExit) as end, stop.awaited():
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.name == "SIGTERM"
-    assert end.value.code == "stopped by SIGTERM; go on with --resume"
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_control_c_and_a_full_disk_are_one_line_wherever_they_come(monkeypatch, capsys):
