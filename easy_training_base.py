@@ -144,6 +144,7 @@ sources.take_part(share_of_batches(processes, cfg))
 
 
 def save():
+    """A checkpoint from which --resume goes on."""
     save_run(run.checkpoints, step, parts, cfg.keep_checkpoints, processes)
 
 
@@ -195,11 +196,9 @@ for place, trainer in trainers.items():
             **facts,
         }
         folder, density = run.folder / "saes" / name, n_firings / n_rows
-        if not processes.is_first:
-            continue
-        if saes[name].joins_hooks:
+        if processes.is_first and saes[name].joins_hooks:
             save_crosscoder(saes[name], folder, metadata=metadata, overwrite=True)
-        else:
+        elif processes.is_first:
             save_saelens(saes[name], folder, metadata=metadata, density=density, overwrite=True)
 
 leave_to_first(processes)
