@@ -98,6 +98,7 @@ def token_batches(split):
 # row i of epoch e is the i-th value of a keyed permutation, so a place in the data is one integer.
 
 # %%
+next(token_batches("train"))  # a text that fills no context is refused before anything is written
 run.start()
 stop = StopSignal(processes)  # from here on SIGINT and SIGTERM end the run, to be resumed
 rows = Rows(lm, lambda: token_batches("train"), cfg.harvested_hooks, processes)

@@ -200,8 +200,10 @@ def _l0(dictionary: Dictionary, x: Float[Tensor, "n d_in"]) -> Float[Tensor, " n
     return torch.cat(parts).double()
 
 
-def main(cfg: Config) -> None:
+def main() -> None:
     """Harvest, train, print, write."""
+    report_user_errors_in_one_line()
+    cfg = read_settings(Config, description=__doc__)
     check_architectures(cfg.architectures, "--architectures")
     caches = harvest(cfg) if "lm" in cfg.data else ({}, {})
     combinations = itertools.product(cfg.n_steps, cfg.data, cfg.architectures)
@@ -220,5 +222,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    report_user_errors_in_one_line()
-    main(read_settings(Config, description=__doc__))
+    main()

@@ -196,6 +196,11 @@ def validate(cfg: RunConfig) -> RunConfig:
         )
     if not (cfg.l1_coeffs or cfg.target_l0):
         raise UserError("give --target-l0 or --l1-coeffs: neither has a value")
+    if cfg.n_tokens * cfg.n_epochs < cfg.batch_tokens:
+        raise UserError(
+            f"--n-tokens {cfg.n_tokens} x --n-epochs {cfg.n_epochs} do not fill one batch of "
+            f"--batch-tokens {cfg.batch_tokens}; use more tokens or a smaller batch"
+        )
     if Path(cfg.name).name != cfg.name:
         raise UserError(f"--name {cfg.name} is not possible; it must be the name of one folder")
     for package in ("tensorboard", "wandb"):

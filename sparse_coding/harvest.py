@@ -196,6 +196,12 @@ class Rows:
             del sample
         yield from map(self.keep, seen)
 
+    def alone(self) -> "Rows":
+        """The same rows, without other processes."""
+        if self.processes.is_alone:
+            return self
+        return Rows(self.lm, self.make_batches, self.hook_names)
+
     def see(self, batch: TokenBatch) -> Seen:
         """Run the model on one batch of contexts."""
         return Seen(batch, activations(self.lm, batch.tokens, self.hook_names))
@@ -289,7 +295,7 @@ def _checked_cache(rows: Rows, folder: Path, settings: dict[str, Any]) -> Activa
         refuse_unseen(folder, processes)
         rows.max_norms = read_json(folder / "manifest.json")["extra"]["max_norms"]
         if processes.is_first:
-            _mend(Rows(rows.lm, rows.make_batches, rows.hook_names), folder, settings)
+            _mend(rows.alone(), folder, settings)
     cache = ActivationCache(folder, settings)
     print(f"activations: {cache.n_tokens:,} tokens are cached in {cache.folder}")
     return cache

@@ -74,7 +74,7 @@ def cross_entropies(
     tokens, valid = batch.tokens.to(lm.device), batch.valid.to(lm.device)
     counted = valid[:, :-1] & valid[:, 1:]
     targets = tokens[:, 1:][counted]
-    earlier = _EarlierBlocks(lm, layer=min(moment_of(h)[0] for h in hooks_of(hook_name)))
+    earlier = _EarlierBlocks(lm, layer=min(int(h.split(".")[1]) for h in hooks_of(hook_name)))
     make_hooks = _maker_of_hooks(lm, tokens, hook_name, target)
     result, clean = SplicedLosses({}, {}, counted), None
     for name, replace in replacements.items():

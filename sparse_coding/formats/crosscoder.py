@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sparse_coding.config import hooks_of
 from sparse_coding.errors import UserError
+from sparse_coding.formats import saelens
 from sparse_coding.formats.folders import holds_files
 from sparse_coding.formats.tensors import check_tensors, read_tensors, write_tensors
 from sparse_coding.sae import CROSSCODERS, SAE
@@ -28,6 +29,7 @@ from sparse_coding.storage import read_object, whole_folder, write_json
 
 CONFIG, WEIGHTS = "cfg.json", "crosscoder.safetensors"
 recognises = partial(holds_files, names=(CONFIG, WEIGHTS))
+training_facts = saelens.training_facts  # cfg.json says them in the same words
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "float16", "bfloat16")}
 
 
