@@ -119,7 +119,7 @@ def test_a_dictionary_of_another_width_is_refused(place, finished, monkeypatch):
     material = Material(subject.origin, "cpu")
     material.check([subject])
     wide = subject._replace(dictionary=torch.nn.Module())
-    wide.dictionary.d_in = 99
+    wide.dictionary.d_in, wide.dictionary.joins_hooks = 99, False
     with pytest.raises(UserError, match="has d_in 99, but blocks.1.hook_resid_post of lm is 12"):
         material.check([wide])
 

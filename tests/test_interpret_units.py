@@ -180,7 +180,7 @@ URL = ["--judge-url", "http://localhost:1/v1"]
     [
         (URL, "needs --judge-model"),
         ([*URL, "--judge-model", "m", "--judge-max-calls", "9"], "up to 1,206 questions"),
-        (["--n-contexts", "3"], "at least 10"),
+        (["--n-contexts", "3"], "10 or more"),
         (["--n-trials", "0"], "--n-trials 0"),
     ],
 )
@@ -207,7 +207,7 @@ def material(place):
         lines.append(json.dumps({"text": " ".join(words[:30]) + "\n" + " ".join(words[30:])}))
     (place / "digits.jsonl").write_text("\n".join(lines))
     text = str(place / "digits.jsonl")
-    origin = Origin(str(place / "lm"), HOOK, text, heldout_fraction=0.5, context_length=32)
+    origin = Origin(str(place / "lm"), HOOK, text=text, heldout_fraction=0.5, context_length=32)
     return Material(origin, "cpu")
 
 

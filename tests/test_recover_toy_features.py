@@ -129,7 +129,11 @@ def test_toy_models_put_features_in_superposition_only_when_they_are_sparse(plac
         ("recover_toy_features", "--settings esay", "error: --settings esay is unknown; it must"),
         ("recover_toy_features", "--l0 99", "error: toy data: l0 99.0 is not possible"),
         ("recover_toy_features", "--architecture l2", "l2"),
-        ("toy_model_superposition", "--inverse-densities 0.5", "error: --inverse-densities are"),
+        (
+            "toy_model_superposition",
+            "--inverse-densities 0.5",
+            "error: --inverse-densities 0.5 is",
+        ),
     ],
 )
 def test_bad_arguments_are_one_line(place, program, arguments, line):
