@@ -28,7 +28,7 @@ class L0Controller:
     largest_integral_gain = 0.06
     proportional_gain = 1.0
     slope_begins_at = 0.25
-    slope_share = 0.1
+    slope_share = 0.3
     """Of the run: the time in which the slope takes over what error there is."""
 
     def __init__(self, target_l0: float, n_steps: int, device: torch.device) -> None:
