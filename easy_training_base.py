@@ -36,8 +36,7 @@ from sparse_coding.cache import CachedActivations
 from sparse_coding.checkpoint import StopSignal, load_run, save_run, saved_at_an_error
 from sparse_coding.distributed import make_trainer, share_of_batches
 from sparse_coding.evaluation import Evaluation, evaluate, take_tokens
-from sparse_coding.formats.crosscoder import save_crosscoder
-from sparse_coding.formats.saelens import save_saelens
+from sparse_coding.formats import save_sae
 from sparse_coding.harvest import Rows, harvest_to_cache, norm_limit
 from sparse_coding.hook_sources import AlignedSources, StreamingSources, side_by_side, take_sample
 from sparse_coding.ladder import ladder, places
@@ -129,9 +128,10 @@ training = training_config(cfg, n_steps)
 trainers = {}
 sample = take_sample(sources, 8192)
 widths = {hook_name: x.shape[1] for hook_name, x in sample.items()}
-for place in places(specs, cfg.hook_name):
+trained_at = places(specs, cfg.hook_name)
+for place in trained_at:
     x = side_by_side(sample, cfg.columns(place))
-    prefix = f"{place}/" if len(places(specs, cfg.hook_name)) > 1 else ""
+    prefix = f"{place}/" if len(trained_at) > 1 else ""
     hook_widths = [widths[hook_name] for hook_name in hooks_of(place)]
     trainers[place] = make_trainer(
         processes, cfg.parallel, specs, training, x, prefix, widths.get(target, 0), hook_widths
@@ -197,10 +197,8 @@ for place, trainer in trainers.items():
             **facts,
         }
         folder, density = run.folder / "saes" / name, n_firings / n_rows
-        if processes.is_first and saes[name].joins_hooks:
-            save_crosscoder(saes[name], folder, metadata=metadata, overwrite=True)
-        elif processes.is_first:
-            save_saelens(saes[name], folder, metadata=metadata, density=density, overwrite=True)
+        if processes.is_first:
+            save_sae(saes[name], folder, metadata=metadata, density=density, overwrite=True)
 
 leave_to_first(processes)
 run.write_result("summary.json", results)

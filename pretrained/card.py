@@ -6,8 +6,10 @@ Pure text from a run's own numbers; no torch, no files and no network.
 from typing import Any, NamedTuple
 
 from pretrained.catalogue import REPOSITORY
+from sparse_coding.config import hooks_of
 
 WEIGHTS = "sae_weights.safetensors"
+CROSSCODER_WEIGHTS = "crosscoder.safetensors"
 
 
 class Facts(NamedTuple):
@@ -28,6 +30,15 @@ class Facts(NamedTuple):
     """File names below figures/."""
     licence: str = ""
 
+    @property
+    def hooks(self) -> tuple[str, ...]:
+        """Several where a crosscoder joins them."""
+        return hooks_of(self.row["hook_name"])
+
+    @property
+    def is_crosscoder(self) -> bool:
+        return "widths" in self.config
+
 
 def model_card(facts: Facts) -> str:
     """The README.md of the repository."""
@@ -39,17 +50,20 @@ def model_card(facts: Facts) -> str:
 def _front_matter(facts: Facts) -> str:
     """What the hub reads."""
     lm = str(facts.row["lm"]).partition("@")[0]
-    lines = ["---", "library_name: saelens"]
+    library = [] if facts.is_crosscoder else ["saelens"]
+    lines = ["---", *(f"library_name: {name}" for name in library)]
     lines += [f"license: {facts.licence}"] if facts.licence else []
     lines += [f"base_model: {lm}"] if REPOSITORY.fullmatch(lm) else []
-    lines += ["tags:", "- sparse-autoencoder", "- mechanistic-interpretability", "- saelens"]
-    return "\n".join([*lines, "---", ""])
+    tags = ["sparse-autoencoder", "mechanistic-interpretability", *(library or ["crosscoder"])]
+    return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in tags), "---", ""])
 
 
 def _head(facts: Facts) -> str:
     row, target = facts.row, facts.row.get("hook_name_out")
     kind = "transcoder" if target else "sparse autoencoder"
     place = f"from `{row['hook_name']}` to `{target}`" if target else f"on `{row['hook_name']}`"
+    if facts.is_crosscoder:
+        kind, place = "crosscoder", "of " + " and ".join(f"`{hook}`" for hook in facts.hooks)
     return (
         f"# {facts.name}\n\n"
         f"A {kind} of {row['d_sae']:,} features ({row['ratio']} times the width "
@@ -75,7 +89,8 @@ MEASURES = {
 def _measured(facts: Facts) -> str:
     row = facts.row
     lines = ["## Measured", "", "| | | |", "|---|---|---|"]
-    for key, (label, meaning) in MEASURES.items():
+    per_hook = {f"fvu_{hook}": (f"FVU, `{hook}`", "of this hook alone") for hook in facts.hooks}
+    for key, (label, meaning) in (MEASURES | per_hook).items():
         if row.get(key) is not None:
             lines.append(f"| {label} | {_value(row, key)} | {meaning} |")
     tokens = f"{row['n_tokens_eval']:,} held-out tokens"
@@ -92,24 +107,50 @@ def _value(row: dict[str, Any], key: str) -> str:
 
 
 def _loading(facts: Facts) -> str:
+    fetch = f"# python -m pretrained.fetch {facts.repo} --file {facts.name}   prints FOLDER\n"
+    load = "from sparse_coding.formats import load_dictionary\n\nsae = load_dictionary(FOLDER)"
     snippets = {
-        "SAELens": f"from sae_lens import SAE\n\n"
-        f'sae = SAE.from_pretrained("{facts.repo}", "{facts.name}")',
+        "SAELens": _saelens(facts),
         "dictionary_learning": _dictionary_learning(facts),
         "sparsify": _sparsify(facts),
-        "sparse_coding": "# python -m pretrained.fetch "
-        f"{facts.repo} --file {facts.name}   prints FOLDER\n"
-        "from sparse_coding.formats.saelens import load_saelens\n\nsae = load_saelens(FOLDER)",
+        "sparse_coding": fetch + load,
     }
+    if facts.is_crosscoder:
+        snippets["PyTorch alone"] = _torch_alone(facts)
     text = "## Loading\n"
     for library, code in snippets.items():
         text += f"\n{library}:\n\n```python\n{code}\n```\n" if code else ""
-    missing = " and ".join(library for library, code in snippets.items() if not code)
+    missing = ", ".join(library for library, code in snippets.items() if not code)
     if missing:
         text += (
-            f"\nIts formula (`{facts.config['architecture']}`) has no counterpart in {missing}.\n"
+            f"\nIts formula (`{facts.config['architecture']}`) has no counterpart in: {missing}.\n"
         )
     return text
+
+
+def _saelens(facts: Facts) -> str:
+    if facts.is_crosscoder:
+        return ""
+    return f'from sae_lens import SAE\n\nsae = SAE.from_pretrained("{facts.repo}", "{facts.name}")'
+
+
+def _torch_alone(facts: Facts) -> str:
+    """A crosscoder's formulas; its tensors are all that they need."""
+    activation = "f = (x @ w['W_enc'] + w['b_enc']).relu()\n"
+    if facts.config["architecture"] == "batch_topk_crosscoder":
+        activation = (
+            "pre = (x @ w['W_enc'] + w['b_enc']).relu()\n"
+            "rows = zip(w['W_dec'].split(widths, dim=1), w['scales'])\n"
+            "norms = sum(scale * part.norm(dim=1) for part, scale in rows)\n"
+            "f = pre * (pre * norms > w['threshold'])\n"
+        )
+    return (
+        f"{_weights(facts)}widths = {list(facts.config['widths'])}\n"
+        "# x: (..., d_in), the raw activations of the hooks side by side, in the order above\n"
+        f"{activation}"
+        "x_hat = f @ w['W_dec'] + w['b_dec']\n"
+        "of_hooks = x_hat.split(widths, dim=-1)"
+    )
 
 
 # By SAELens's architecture and whether b_dec is subtracted from the input: the class of
@@ -132,7 +173,7 @@ COUNTERPARTS: dict[tuple[str, bool], tuple[str, str, dict[str, str]]] = {
 
 def _dictionary_learning(facts: Facts) -> str:
     config = facts.config
-    key = config["architecture"], config["apply_b_dec_to_input"]
+    key = config["architecture"], config.get("apply_b_dec_to_input")
     if key not in COUNTERPARTS:
         return ""
     module, cls, tensors = COUNTERPARTS[key]
@@ -148,7 +189,7 @@ def _dictionary_learning(facts: Facts) -> str:
 
 def _sparsify(facts: Facts) -> str:
     config = facts.config
-    if (config["architecture"], config["apply_b_dec_to_input"]) != ("topk", True):
+    if (config["architecture"], config.get("apply_b_dec_to_input")) != ("topk", True):
         return ""
     names = ("encoder.weight", "W_enc.T"), ("encoder.bias", "b_enc")
     tensors = dict(names) | {"W_dec": "W_dec", "b_dec": "b_dec"}
@@ -160,9 +201,10 @@ def _sparsify(facts: Facts) -> str:
 
 
 def _weights(facts: Facts) -> str:
+    weights = CROSSCODER_WEIGHTS if facts.is_crosscoder else WEIGHTS
     return (
         "from huggingface_hub import hf_hub_download\nfrom safetensors.torch import load_file\n\n"
-        f'w = load_file(hf_hub_download("{facts.repo}", "{facts.name}/{WEIGHTS}"))\n'
+        f'w = load_file(hf_hub_download("{facts.repo}", "{facts.name}/{weights}"))\n'
     )
 
 
@@ -196,7 +238,7 @@ def _training(facts: Facts) -> str:
     lines = [f"| {key} | {value} |" for key, value in rows.items() if value not in (None, [])]
     return "\n".join(
         ["## Training", "", "| | |", "|---|---|", *lines, "",
-         "The squared error is summed over the width, and activations were scaled to a "
-         "root-mean-square norm of sqrt(width); the scale is folded into the weights, so the SAE "
-         "takes raw activations.", ""]
+         "The squared error is summed over the width, and each hook's activations were scaled to "
+         "a root-mean-square norm of sqrt(width); that is folded into the weights, which take raw "
+         "activations.", ""]
     )  # fmt: skip

@@ -3,7 +3,8 @@
     python -m pretrained.publish outputs/runs/NAME/saes/SAE --repo user/name --dry-run FOLDER
     python -m pretrained.publish outputs/runs/NAME/saes/SAE --repo user/name
 
-The repository holds README.md, SAE/ (SAELens's layout), SAE/summary.json (its row) and figures/.
+The repository holds README.md, SAE/ (SAELens's layout; a crosscoder's own), SAE/summary.json (its
+row) and figures/.
 --dry-run writes that folder instead of uploading it. The login is huggingface_hub's (`hf auth
 login` or HF_TOKEN) and is neither printed nor written. Several SAEs can share a repository: each
 has a folder of its own, and the card is the last one's.
@@ -23,7 +24,9 @@ from sparse_coding.errors import UserError, report_user_errors_in_one_line
 from sparse_coding.settings import OutputFolder, read_settings
 from sparse_coding.storage import read_object, write_json
 
-SAE_FILES = ("cfg.json", "sae_weights.safetensors", "sparsity.safetensors")
+SAE_FILES = (
+    "cfg.json", "sae_weights.safetensors", "sparsity.safetensors", "crosscoder.safetensors",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,11 @@ class PublishConfig:
 
 def collect(sae: Path, repo: str, licence: str = "") -> tuple[Facts, Path]:
     """What the card is written from, and the run's folder; `UserError` if the SAE is not sound."""
-    from sparse_coding.formats.saelens import load_saelens
+    from sparse_coding.formats import load_dictionary
 
     if not REPOSITORY.fullmatch(repo):
         raise UserError(f"--repo {repo} must be of the form user/name")
-    load_saelens(sae)  # damaged weights are not published
+    load_dictionary(sae)  # damaged weights are not published
     run = _run_of(sae)
     summary = read_object(run / "summary.json", "config", "environment")
     name = sae.resolve().relative_to(run / "saes").as_posix()

@@ -9,9 +9,7 @@ import copy
 import pytest
 import torch
 
-from sparse_coding.formats import load_dictionary
-from sparse_coding.formats.crosscoder import save_crosscoder
-from sparse_coding.formats.saelens import save_saelens
+from sparse_coding.formats import load_dictionary, save_sae
 from sparse_coding.kernels import make_adam, make_step
 from sparse_coding.kernels.reference import ReferenceStep
 from sparse_coding.sae import SAE, TRAINABLE, BatchTopKSAE, TargetJumpReLUSAE
@@ -74,9 +72,7 @@ def x():
 
 
 def saved(sae, folder):
-    if sae.joins_hooks:
-        return save_crosscoder(sae, folder, metadata={"hook_name": "a+b"})
-    return save_saelens(sae, folder, metadata={})
+    return save_sae(sae, folder, metadata={"hook_name": "a+b"})
 
 
 def state(module):

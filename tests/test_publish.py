@@ -13,8 +13,9 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from pretrained import publish
-from sparse_coding.formats.saelens import load_saelens, save_saelens
-from sparse_coding.sae import ARCHITECTURES
+from sparse_coding.formats import load_dictionary, save_sae
+from sparse_coding.formats.saelens import load_saelens
+from sparse_coding.sae import ARCHITECTURES, CROSSCODERS, TRAINABLE
 from sparse_coding.storage import read_json, write_json
 from tests.file_server import TOKEN, error_of
 
@@ -34,15 +35,18 @@ ROW = {
 def random_sae(architecture: str):
     """An SAE whose every tensor matters, as it would be after training."""
     generator = torch.Generator().manual_seed(1)
-    cls = ARCHITECTURES[architecture]
+    cls = TRAINABLE[architecture]
     k = {"k": K} if cls.sparsity_is_chosen else {}
-    sae = cls(D_IN, D_SAE, generator, **k)
+    widths = {"widths": (5, D_IN - 5)} if cls.joins_hooks else {}
+    sae = cls(D_IN, D_SAE, generator, **k, **widths)
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter += 0.2 * torch.rand(parameter.shape, generator=generator)
         if hasattr(sae, "threshold"):
             sae.threshold.fill_(0.3)
         sae.normalise()
+        if sae.joins_hooks:
+            sae.fold_scale(0.5, 2.0)
     return sae
 
 
@@ -51,8 +55,11 @@ def make_run(folder: Path, architecture: str = "l1", name: str = "small") -> Pat
     sae_folder = folder / "run" / "saes" / name
     sae = random_sae(architecture)
     metadata = {"model_name": "owner/model", "dataset_path": "builtin"}
-    save_saelens(sae, sae_folder, metadata=metadata, density=torch.full((D_SAE,), 0.1))
     row = {"name": name, "architecture": architecture} | ROW
+    if sae.joins_hooks:
+        row |= {"hook_name": "blocks.1.a+blocks.2.b", "fvu_blocks.1.a": 0.375}
+    metadata["hook_name"] = row["hook_name"]
+    save_sae(sae, sae_folder, metadata=metadata, density=torch.full((D_SAE,), 0.1))
     settings = {"lr": 0.002, "batch_tokens": 1024, "target_l0": [30.0]}
     environment = {"commit": "abc123", "versions": {"torch": "2.13.0"}}
     summary = {"config": settings, "environment": environment, "rows": [row]}
@@ -83,7 +90,7 @@ def run_code(library: str, folder: Path):
             f'load_from_disk("{folder}/small")',
         )
     elif library == "sparse_coding":
-        remote, local = "load_saelens(FOLDER)", f'load_saelens("{folder}/small")'
+        remote, local = "load_dictionary(FOLDER)", f'load_dictionary("{folder}/small")'
     else:
         local = repr(str(weights))
     assert remote in code
@@ -163,7 +170,7 @@ def test_the_code_of_the_card_gives_the_same_sae(tmp_path, architecture, library
     card = (folder / "README.md").read_text(encoding="utf-8")
     if code_for(library, card) is None:
         assert library == "sparsify" and architecture != "topk"
-        assert "has no counterpart in sparsify" in card
+        assert "has no counterpart in: sparsify" in card
         pytest.skip(f"{library} has no such architecture, and the card says so")
     package = {"SAELens": "sae_lens", "sparse_coding": "sparse_coding.sae"}.get(library, library)
     pytest.importorskip(package, reason=f"{library} is not installed")
@@ -178,6 +185,29 @@ def test_the_code_of_the_card_gives_the_same_sae(tmp_path, architecture, library
     # float32, sums of at most 20 terms of order 1
     assert torch.allclose(f, ours.encode(x), atol=1e-5)
     assert torch.allclose(x_hat, ours(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", CROSSCODERS)
+def test_a_crosscoders_card_has_code_for_those_without_a_library_for_it(tmp_path, architecture):
+    folder = written(tmp_path, architecture)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    for text in ("A crosscoder of 20 features", "of `blocks.1.a` and `blocks.2.b` of owner/model",
+                 "| FVU, `blocks.1.a` | 0.375 |", "- crosscoder\n", "has no counterpart in: "
+                 "SAELens, dictionary_learning, sparsify."):  # fmt: skip
+        assert text in card, text
+    assert "saelens" not in card
+    x, ours = samples(), load_dictionary(folder / "small")
+    assert torch.equal(run_code("sparse_coding", folder)(x), ours(x))
+    code = code_for("PyTorch alone", card)
+    remote = 'hf_hub_download("user/name", "small/crosscoder.safetensors")'
+    assert remote in code
+    names = {"x": x}
+    exec(code.replace(remote, repr(str(folder / "small/crosscoder.safetensors"))), names)
+    f = ours.encode(x)
+    assert 0 < f.count_nonzero() < f.numel()
+    torch.testing.assert_close(names["f"], f)
+    torch.testing.assert_close(torch.cat(names["of_hooks"], dim=1), ours(x))
+    assert [part.shape[1] for part in names["of_hooks"]] == [5, D_IN - 5]
 
 
 # --- refusals ----------------------------------------------------------------------------------

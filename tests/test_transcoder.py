@@ -210,6 +210,20 @@ def test_a_dead_feature_is_pointed_from_the_worst_input_to_its_target(planted):
     assert share == pytest.approx(2 * L0 / sae.d_sae, abs=0.01)
 
 
+def test_a_decoder_row_starts_where_the_target_goes_with_its_feature():
+    sae, rows = make("l1").requires_grad_(False), batch().double()
+    before = sae.double().W_dec.clone()
+    sae.initialise_decoder(rows)
+    x, target = (part - part.mean(axis=0) for part in np.split(rows.numpy(), [D_IN], axis=1))
+    for i in range(D_SAE):
+        row = target.T @ (x @ sae.W_enc[:, i].numpy())
+        np.testing.assert_allclose(sae.W_dec[i].numpy(), row / np.linalg.norm(row), rtol=1e-9)
+    sae.W_dec.copy_(before)
+    rows[:, D_IN:] = 0.0  # as behind a layer that writes nothing
+    sae.initialise_decoder(rows)
+    assert torch.equal(sae.W_dec, before)
+
+
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in NAMES])
 def test_a_class_without_transcoders_is_refused_by_name(name):
     with pytest.raises(UserError, match=f"--architecture {name} cannot be a transcoder"):

@@ -9,9 +9,12 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from sparse_coding.dictionary import Dictionary
 from sparse_coding.errors import UserError
+from sparse_coding.sae import SAE
 
 FORMATS = (
     "saelens", "sparsify", "gemma_scope", "dictionary_learning", "openai", "hoagy", "crosscoder",
@@ -32,6 +35,25 @@ def load_dictionary(path: str | Path, device: torch.device | str = "cpu") -> Dic
         )
     name = format_of(path)
     return getattr(_module(name), f"load_{name}")(path, device)
+
+
+def save_sae(
+    sae: SAE,
+    folder: str | Path,
+    *,
+    metadata: dict[str, Any],
+    density: Float[Tensor, " d_sae"] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """One of ours, bit by bit: SAELens's layout, which a crosscoder alone has no place in.
+
+    Arguments and errors as of `saelens.save_saelens`; a crosscoder's `density` is not kept.
+    """
+    if sae.joins_hooks:
+        save = _module("crosscoder").save_crosscoder
+        return save(sae, folder, metadata=metadata, overwrite=overwrite)
+    save = _module("saelens").save_saelens
+    return save(sae, folder, metadata=metadata, density=density, overwrite=overwrite)
 
 
 def format_of(path: Path) -> str:

@@ -127,11 +127,13 @@ class SAE(Dictionary):
 
         W_dec[i] is parallel to the covariance of the target with x W_enc[:, i]. From random rows a
         short run never recovers: on 40 planted pairs in 32 dimensions JumpReLU's 1000 steps end
-        with 55 % silent features and an FVU of 0.31, from here with 14 % and 0.08.
+        with 55 % silent features and an FVU of 0.31, from here with 14 % and 0.08. A feature that
+        goes with nothing of the target keeps its row.
         """
         x, target = (part - part.mean(dim=0) for part in self.split(rows))
         written = self.W_enc.T @ (x.T @ target)
-        self.W_dec.copy_(written / written.norm(dim=1, keepdim=True))
+        norms = written.norm(dim=1, keepdim=True)
+        self.W_dec.copy_(torch.where(norms > 0, written / norms, self.W_dec))
 
     @torch.no_grad()
     def initialise_centre(self, mean: Float[Tensor, " columns"]) -> None:
