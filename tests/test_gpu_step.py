@@ -72,9 +72,7 @@ def sae_and_batch(*args, n_tokens: int = 13) -> tuple[SAE, torch.Tensor]:
 @runs_kernels
 @ARCHITECTURE
 @IS_SPARSE
-@pytest.mark.parametrize(
-    ("density", "d_in", "d_sae"), [(1.0, 12, 20), (0.5, 17, 36), (0.1, 48, 70)]
-)
+@pytest.mark.parametrize(("density", "d_in", "d_sae"), [(1.0, 12, 20), (0.1, 49, 70)])
 def test_a_float64_step_has_autograds_gradients(
     monkeypatch, architecture, is_sparse, density, d_in, d_sae
 ):

@@ -177,15 +177,15 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
 def test_the_first_interrupt_is_remembered_and_the_second_one_kills():
     stop = StopSignal()
     with pytest.raises(KeyboardInterrupt), stop.awaited():
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         assert stop.name == "SIGINT"
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_a_signal_that_the_loop_did_not_ask_for_ends_the_program_behind_it():
     stop = StopSignal()
     with pytest.raises(SystemExit) as end, stop.awaited():
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         assert stop.name == "SIGTERM"
     assert end.value.code == "stopped by SIGTERM; go on with --resume"
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
