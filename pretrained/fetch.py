@@ -170,7 +170,9 @@ class Store:
         """Whether it came whole, and all its files still have their sizes."""
         files = self.record().get(path)
         return bool(files) and all(
-            (self.folder / name).is_file() and (self.folder / name).stat().st_size == facts["size"]
+            # unlike Path.is_file, false also of a name that no file can have
+            os.path.isfile(self.folder / name)
+            and (self.folder / name).stat().st_size == facts["size"]
             for name, facts in files.items()
         )
 

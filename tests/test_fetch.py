@@ -354,3 +354,14 @@ def test_the_programs_start_without_the_heavy_packages():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("\n", "")
+
+
+def test_a_record_of_a_name_that_no_file_can_have_is_of_nothing_that_is_there(tmp_path):
+    store = fetch.Store(tmp_path)
+    (tmp_path / "a.json").write_text("{}")
+    store.enter("a", {"a.json": "https://example.org/a.json"})
+    assert store.has("a")
+    record = json.loads((tmp_path / fetch.RECORD).read_text())
+    record["a"]["a" * 5000] = record["a"].pop("a.json")
+    (tmp_path / fetch.RECORD).write_text(json.dumps(record))
+    assert not store.has("a")
