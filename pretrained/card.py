@@ -60,9 +60,10 @@ def _front_matter(facts: Facts) -> str:
 
 def _head(facts: Facts) -> str:
     row, target = facts.row, facts.row.get("hook_name_out")
-    kind = "transcoder" if target else "sparse autoencoder"
-    place = f"from `{row['hook_name']}` to `{target}`" if target else f"on `{row['hook_name']}`"
-    if facts.is_crosscoder:
+    kind, place = "sparse autoencoder", f"on `{row['hook_name']}`"
+    if target:
+        kind, place = "transcoder", f"from `{row['hook_name']}` to `{target}`"
+    elif facts.is_crosscoder:
         kind, place = "crosscoder", "of " + " and ".join(f"`{hook}`" for hook in facts.hooks)
     return (
         f"# {facts.name}\n\n"

@@ -18,15 +18,13 @@ from typing import Annotated, Any
 
 import tyro
 
-from pretrained.card import Facts, model_card
+from pretrained.card import CROSSCODER_WEIGHTS, WEIGHTS, Facts, model_card
 from pretrained.catalogue import REPOSITORY
 from sparse_coding.errors import UserError, report_user_errors_in_one_line
 from sparse_coding.settings import OutputFolder, read_settings
 from sparse_coding.storage import read_object, write_json
 
-SAE_FILES = (
-    "cfg.json", "sae_weights.safetensors", "sparsity.safetensors", "crosscoder.safetensors",
-)  # fmt: skip
+SAE_FILES = ("cfg.json", WEIGHTS, CROSSCODER_WEIGHTS, "sparsity.safetensors")
 
 
 @dataclass(frozen=True)

@@ -349,7 +349,7 @@ def layer_of(
     """The block of a hook; a `UserError` with the nearest name if no block has it."""
     names = [f"blocks.{i}.{name}" for i in range(lm.n_layers) for name in in_a_block]
     if hook_name in names:
-        return int(hook_name.split(".")[1])
+        return block_of(hook_name)
     nearest = difflib.get_close_matches(hook_name, names, n=1)
     hint = f"did you mean {nearest[0]}? " if nearest else ""
     raise UserError(
@@ -358,10 +358,14 @@ def layer_of(
     )
 
 
+def block_of(hook_name: str) -> int:
+    """L of blocks.L.NAME, for a hook that is known to be in a block."""
+    return int(hook_name.split(".")[1])
+
+
 def moment_of(hook_name: str) -> tuple[int, int]:
     """Block and place in it: hooks sort by when the model computes them."""
-    _, layer, kind = hook_name.split(".", 2)
-    return int(layer), STREAM_HOOKS.index(kind)
+    return block_of(hook_name), STREAM_HOOKS.index(hook_name.split(".", 2)[2])
 
 
 def check_target_hook(lm: LanguageModel, hook_names: Sequence[str], target: str) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparse_coding.config import hooks_of
 from sparse_coding.harvest import NormLimit, activations, kept_rows
-from sparse_coding.models import LanguageModel, moment_of
+from sparse_coding.models import LanguageModel, block_of, moment_of
 from sparse_coding.text import TokenBatch
 
 Replacement = Callable[[Float[Tensor, "rows d"]], Float[Tensor, "rows d"]]
@@ -74,7 +74,7 @@ def cross_entropies(
     tokens, valid = batch.tokens.to(lm.device), batch.valid.to(lm.device)
     counted = valid[:, :-1] & valid[:, 1:]
     targets = tokens[:, 1:][counted]
-    earlier = _EarlierBlocks(lm, layer=min(int(h.split(".")[1]) for h in hooks_of(hook_name)))
+    earlier = _EarlierBlocks(lm, layer=min(map(block_of, hooks_of(hook_name))))
     make_hooks = _maker_of_hooks(lm, tokens, hook_name, target)
     result, clean = SplicedLosses({}, {}, counted), None
     for name, replace in replacements.items():

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
 
 from sparse_coding.dictionary import Dictionary
 from sparse_coding.errors import UserError
@@ -42,7 +41,7 @@ def save_sae(
     folder: str | Path,
     *,
     metadata: dict[str, Any],
-    density: Float[Tensor, " d_sae"] | None = None,
+    density: Float[torch.Tensor, " d_sae"] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """One of ours, bit by bit: SAELens's layout, which a crosscoder alone has no place in.

@@ -75,21 +75,21 @@ def agrees_with_reference(device: torch.device) -> bool:
 
     Compilers and devices differ, so the kernels are trusted only where they were seen to work.
     """
-    reason = ""
-    for is_low, cls in itertools.product((False, True), (NormWeightedL1SAE, TopKSAE)):
-        try:
-            difference = _difference(device, cls, is_low)
-        except (
-            Exception
-        ) as error:  # whatever Triton or the driver raises: the reference still runs
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        else:
-            reason = "" if difference < 1e-4 else f"gradients differ by {difference:.1e}"
-        if reason:
-            line = f"training by autograd: the fast step failed on {device} ({reason})"
-            warnings.warn(line, stacklevel=3)
-            break
+    trials = itertools.product((False, True), (NormWeightedL1SAE, TopKSAE))
+    reason = next(filter(None, (_failure(device, cls, is_low) for is_low, cls in trials)), "")
+    if reason:
+        line = f"training by autograd: the fast step failed on {device} ({reason})"
+        warnings.warn(line, stacklevel=3)
     return not reason
+
+
+def _failure(device: torch.device, architecture: type[SAE], is_low: bool) -> str:
+    """Why this step is not to be trusted; "" if it is."""
+    try:
+        difference = _difference(device, architecture, is_low)
+    except Exception as error:  # whatever Triton or the driver raises: the reference still runs
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return "" if difference < 1e-4 else f"gradients differ by {difference:.1e}"
 
 
 def _difference(device: torch.device, architecture: type[SAE], is_low: bool) -> float:
