@@ -3,7 +3,7 @@
     python -m benchmarks.quality
     python -m benchmarks.quality --architectures topk jumprelu --ratio 4 --n-steps 1000
 
-Some two hours of one core. All train on the same activations of the embedded model, in the same
+Some four hours of one core. All train on the same activations of the embedded model, in the same
 order, from their libraries' own initialisations. Both sides choose their learning rate alike, at
 the first L0 and by the first seed: uphill or downhill on one grid until both neighbours are worse,
 on rows that nobody trains on and nothing else is measured on. Then every L0 is trained with every
