@@ -39,6 +39,17 @@ def test_a_plant_that_drifts_ends_at_the_target(n_steps, lag, drift):
     assert steered(n_steps, lag, drift)[-20:] == pytest.approx([1.0] * 20, abs=0.03)
 
 
+@pytest.mark.parametrize(("first", "expected"), [(10, 0.5), (20, 1), (40, 2), (80, math.e / 4)])
+def test_a_far_target_is_neared_gently(first, expected):
+    # The error's own factor, at most e, over the square of (first / (2 * target)) where above 1.
+    controller = L0Controller(TARGET, 300, torch.device("cpu"))
+    controller.integral_gain = 0.0
+    controller.update(torch.tensor(float(first)))
+    assert controller.l1_coeff().item() == pytest.approx(expected, rel=1e-5)
+    controller.update(torch.tensor(float(first)))  # once only
+    assert controller.l1_coeff().item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_restored_controller_goes_on_as_the_unbroken_one():
     one, other = (L0Controller(TARGET, 50, torch.device("cpu")) for _ in range(2))
     values = torch.linspace(90, 30, 50)
