@@ -111,7 +111,7 @@ def _load(source: str, path: Path, cfg: MeasureConfig) -> Subject:
     dictionary = load_dictionary(path, choose_device(cfg.device)).float().requires_grad_(False)
     run = _run_folder(path)
     said: dict[str, Any] = {}
-    for what in (_said_by_release(source), training_facts(path), _said_by_run(run)):
+    for what in (training_facts(path), _said_by_release(source), _said_by_run(run)):
         said |= {key: value for key, value in what.items() if value is not None}
     keys = Origin.__dataclass_fields__
     given = {key: getattr(cfg, key) for key in keys if getattr(cfg, key, None)}

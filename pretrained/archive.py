@@ -24,6 +24,8 @@ class Limits(NamedTuple):
     """Unpacked bytes per packed byte; float32 weights reach about 1.1, JSON about 10."""
     slack_bytes: int = 10**6
     """A member up to this size may have any ratio."""
+    reserved: frozenset[str] = frozenset()
+    """Names that no member may have or lie below, in lower case."""
 
 
 # Everything that may be packed in a zip and read by Python's own module.
@@ -81,6 +83,8 @@ def _checked(members: list[zipfile.ZipInfo], limits: Limits) -> list[zipfile.Zip
 def _refuse_odd(member: zipfile.ZipInfo, limits: Limits) -> None:
     name = member.orig_filename  # `filename` is cut at a null character
     safe_name(name.removesuffix("/"))
+    if name.split("/")[0].casefold() in limits.reserved:
+        raise UserError(f"{name!r} would replace a file that is not the archive's")
     if stat.S_IFMT(member.external_attr >> 16) not in TYPES:
         raise UserError(f"{name!r} is a link or a device, not a file")
     if member.flag_bits & ENCRYPTED:

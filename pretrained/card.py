@@ -5,7 +5,6 @@ Pure text from a run's own numbers; no torch, no files and no network.
 
 from typing import Any, NamedTuple
 
-from pretrained.catalogue import REPOSITORY
 from sparse_coding.config import hooks_of
 
 WEIGHTS = "sae_weights.safetensors"
@@ -29,6 +28,8 @@ class Facts(NamedTuple):
     figures: tuple[str, ...] = ()
     """File names below figures/."""
     licence: str = ""
+    base_model: str = ""
+    """The language model's name on the hub, if it is there."""
 
     @property
     def hooks(self) -> tuple[str, ...]:
@@ -49,11 +50,10 @@ def model_card(facts: Facts) -> str:
 
 def _front_matter(facts: Facts) -> str:
     """What the hub reads."""
-    lm = str(facts.row["lm"]).partition("@")[0]
     library = [] if facts.is_crosscoder else ["saelens"]
     lines = ["---", *(f"library_name: {name}" for name in library)]
     lines += [f"license: {facts.licence}"] if facts.licence else []
-    lines += [f"base_model: {lm}"] if REPOSITORY.fullmatch(lm) else []
+    lines += [f"base_model: {facts.base_model}"] if facts.base_model else []
     tags = ["sparse-autoencoder", "mechanistic-interpretability", *(library or ["crosscoder"])]
     return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in tags), "---", ""])
 

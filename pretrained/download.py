@@ -65,6 +65,23 @@ def download(remote: Remote, path: Path) -> Path:
     return path
 
 
+def stated_size(remote: Remote) -> int | None:
+    """Bytes, as published or as the server says; None where neither does or it is not reached."""
+    if remote.size is not None:
+        return remote.size
+    import httpx2
+    from huggingface_hub import get_session
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    headers = {"Accept-Encoding": "identity"} | dict(remote.headers)
+    try:
+        response = get_session().head(remote.url, headers=headers, timeout=TIMEOUT_SECONDS)
+    except (OfflineModeIsEnabled, httpx2.HTTPError, httpx2.InvalidURL):
+        return None  # the download itself says what is wrong
+    length = response.headers.get("content-length")
+    return int(length) if length and response.status_code == 200 else None
+
+
 def verify(remote: Remote, path: Path) -> None:
     """`UserError`, and the file is gone, unless it is what is published."""
     found = {

@@ -13,9 +13,10 @@ continued by the same command. HF_ENDPOINT names another hub; HF_HUB_OFFLINE=1 k
 """
 
 import fcntl
+import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from pretrained.archive import safe_name, unpack
+from pretrained.archive import Limits, safe_name, unpack
 from pretrained.catalogue import (
     HERE,
     Dictionary,
@@ -34,12 +35,14 @@ from pretrained.catalogue import (
     release_table,
     releases,
 )
-from pretrained.download import Remote, Unreachable, download, git_sha1
+from pretrained.download import Remote, Unreachable, download, git_sha1, stated_size
 from sparse_coding.errors import UserError, report_user_errors_in_one_line, without_secrets
 from sparse_coding.settings import CountOrZero, OutputFolder, Positive, read_settings
 from sparse_coding.storage import read_object, sha256, write_json
 
 RECORD, LOCK = "fetched.json", ".lock"
+RESERVED = frozenset({RECORD, LOCK})
+"""The store's own files, which nothing of a release may replace."""
 
 
 def default_cache() -> Path:
@@ -76,15 +79,14 @@ def fetch(
         return [_embedded(release, dictionary) for dictionary in dictionaries]
     dictionaries = dictionaries or [Dictionary(release.name, "")]
     store = Store(cache / release.name)
-    with store.locked():
-        missing = [d for d in dictionaries if not store.has(release.archive or d.path)]
-        if release.archive:
-            missing = [d for d in missing if not _is_unpacked(release, store.place(d.path))]
-        if missing and release.archive:
-            _fetch_archive(release, store)
-        elif missing:
-            _fetch_each(release, missing, store, max_gb)
     places = [store.place(d.path) for d in dictionaries]
+    if _missing(release, dictionaries, store):
+        with store.locked():
+            missing = _missing(release, dictionaries, store)  # others may just have fetched it
+            if missing and release.archive:
+                _fetch_archive(release, store, max_gb)
+            elif missing:
+                _fetch_each(release, missing, store, max_gb)
     for place in places:
         if not place.exists():
             raise UserError(f"{release.name} came without {place.relative_to(store.folder)}")
@@ -113,6 +115,16 @@ def fetched(source: str, cache: Path | None = None) -> Path:
     return fetch(release, chosen, cache or default_cache())[0]
 
 
+def _missing(
+    release: Release, dictionaries: Sequence[Dictionary], store: "Store"
+) -> list[Dictionary]:
+    """What is not here whole; only reads, so it needs no lock and no permission to write."""
+    missing = [d for d in dictionaries if not store.has(release.archive or d.path)]
+    if release.archive:
+        missing = [d for d in missing if not _is_unpacked(release, store.place(d.path))]
+    return missing
+
+
 def _is_unpacked(release: Release, place: Path) -> bool:
     """Whether somebody unpacked it there by hand."""
     return all((place / name).is_file() for name in release.files)
@@ -137,6 +149,8 @@ class Store:
 
     def place(self, path: str) -> Path:
         """Where a path of the release is kept; "" is the release itself."""
+        if _is_reserved(path):
+            raise UserError(f"the path {path!r} is kept for the cache's own file")
         return self.folder / safe_name(path) if path else self.folder
 
     @contextmanager
@@ -155,9 +169,12 @@ class Store:
             yield
 
     def record(self) -> dict[str, dict[str, Any]]:
-        """By path of a dictionary or archive: {file: {"url", "size", "sha256"}}."""
+        """By path of a dictionary or archive: {file: {"url", "size", "sha256"}}.
+
+        The size is None, and the rest is absent, until all of its files are here.
+        """
         path = self.folder / RECORD
-        if not path.exists():
+        if not os.path.exists(path):  # unlike Path.exists, false also where nothing may be read
             return {}
         record = read_object(path)
         for files in record.values():
@@ -176,6 +193,16 @@ class Store:
             for name, facts in files.items()
         )
 
+    def expect(self, path: str, names: Iterable[str]) -> None:
+        """Note what a dictionary will consist of, before its first file is here."""
+        files = {name: {"size": None} for name in names}
+        write_json(self.folder / RECORD, self.record() | {path: files})
+
+    def listed(self, path: str) -> set[str]:
+        """All files at or below `path` that were ever fetched or begun; of "", every one."""
+        names = {name for files in self.record().values() for name in files}
+        return {name for name in names if not path or f"{name}/".startswith(f"{path}/")}
+
     def enter(self, path: str, files: dict[str, str | None]) -> None:
         """Note that a dictionary is whole; `files`: where each came from, None if by hand."""
         facts = {
@@ -189,12 +216,18 @@ class Store:
         write_json(self.folder / RECORD, self.record() | {path: facts})
 
 
-def _fetch_archive(release: Release, store: Store) -> None:
+def _is_reserved(name: str) -> bool:
+    """Whether it is, or lies below, a file of the store, also where case is ignored."""
+    return name.split("/")[0].casefold() in RESERVED
+
+
+def _fetch_archive(release: Release, store: Store, max_gb: float) -> None:
     path = store.place(release.archive)
     remote = _plain_or_hub(release, release.archive, path)
     if not _is_it(remote, path):
+        _refuse_too_much(release, [remote], max_gb)
         _get(remote, path)
-    files = unpack(path, store.folder)
+    files = unpack(path, store.folder, Limits(reserved=RESERVED))
     names = {file.relative_to(store.folder).as_posix(): remote.url for file in files}
     store.enter(release.archive, names)
     path.unlink()
@@ -226,17 +259,29 @@ def _fetch_each(
             found[dictionary.path] = _remotes(release, dictionary)
         except Unreachable as error:
             _accept_by_hand(release, dictionary.path, store, error)
-    n_bytes = sum(remote.size or 0 for files in found.values() for remote in files.values())
-    if n_bytes > max_gb * 1e9:
-        raise UserError(
-            f"{release.name}: this is {n_bytes / 1e9:.1f} GB; choose with --dictionary, --layer "
-            f"or --file, or allow it with --max-gb {n_bytes / 1e9:.0f}"
-        )
+    wanted = {
+        name: remote
+        for files in found.values()
+        for name, remote in files.items()
+        if not _is_it(remote, store.place(name))
+    }
+    _refuse_too_much(release, wanted.values(), max_gb)
     for path, files in found.items():
-        for name, remote in files.items():
-            if not _is_it(remote, store.place(name)):
-                _get(remote, store.place(name))
+        store.expect(path, files)
+        for name in files:
+            if name in wanted:
+                _get(wanted.pop(name), store.place(name))
         store.enter(path, {name: remote.url for name, remote in files.items()})
+
+
+def _refuse_too_much(release: Release, wanted: Iterable[Remote], max_gb: float) -> None:
+    n_bytes = sum(stated_size(remote) or 0 for remote in wanted)
+    if n_bytes > max_gb * 1e9:
+        choose = "" if release.archive else "choose with --dictionary, --layer or --file, or "
+        raise UserError(
+            f"{release.name}: this is {n_bytes / 1e9:.1f} GB; {choose}allow it with "
+            f"--max-gb {math.ceil(n_bytes / 1e9)}"
+        )
 
 
 def _remotes(release: Release, dictionary: Dictionary) -> dict[str, Remote]:
@@ -253,7 +298,8 @@ def _remotes(release: Release, dictionary: Dictionary) -> dict[str, Remote]:
         return {name: files[name] for name in names if name in files}
     if dictionary in release.dictionaries:
         raise UserError(f"{release.source} lacks {', '.join(lost)}{nearest(lost[0], files)}")
-    return files  # somebody's own choice of a path: all that is there
+    # somebody's own choice of a path: all that is there, but what a copy of a cache brings along
+    return {name: remote for name, remote in files.items() if not _is_reserved(name)}
 
 
 def _known_names(release: Release, path: str) -> list[str]:
@@ -265,19 +311,22 @@ def _accept_by_hand(release: Release, path: str, store: Store, error: Unreachabl
     """Without the hub: what lies there is used if it is all there, and not entered as verified."""
     from pretrained.hub import file_url, page_url
 
-    places = {name: store.place(name) for name in _known_names(release, path)}
-    if all(_is_present(place) for place in places.values()):
-        print(f"not verified ({error}): {', '.join(map(str, places.values()))}", file=sys.stderr)
+    listed = store.listed(path) - {f"{path}/{name}" for name in release.optional}
+    names = sorted(listed.union(_known_names(release, path) if release.files else []))
+    places = {name: store.place(name) for name in names or [path]}
+    lost = {name: place for name, place in places.items() if not _is_present(place)}
+    if not lost:
+        print(f"not verified ({error}): {store.place(path)}", file=sys.stderr)
         return
-    address = file_url if release.files else page_url  # perhaps a folder
-    wanted = [(address(release.source, name), place) for name, place in places.items()]
+    address = file_url if names else page_url  # perhaps a folder
+    wanted = [(address(release.source, name), place) for name, place in lost.items()]
     raise UserError(by_hand(error, wanted)) from None
 
 
 def _is_present(place: Path) -> bool:
     """A file, or a folder with something in it."""
-    names = os.listdir(place) if place.is_dir() else []
-    return place.is_file() or any(not name.startswith(".") for name in names)
+    names = os.listdir(place) if os.path.isdir(place) else []
+    return os.path.isfile(place) or any(not name.startswith(".") for name in names)
 
 
 def _is_it(remote: Remote, path: Path) -> bool:

@@ -10,6 +10,7 @@ login` or HF_TOKEN) and is neither printed nor written. Several SAEs can share a
 has a folder of its own, and the card is the last one's.
 """
 
+import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -70,8 +71,15 @@ def collect(sae: Path, repo: str, licence: str = "") -> tuple[Facts, Path]:
         environment=summary["environment"],
         figures=tuple(sorted(path.name for path in (run / "figures").glob("*.png"))),
         licence=licence,
+        base_model=_base_model(str(rows[name].get("lm"))),
     )
     return facts, run
+
+
+def _base_model(lm: str) -> str:
+    """The name of a language model on the hub, or "": a folder here may be named like one."""
+    name = lm.partition("@")[0]
+    return name if REPOSITORY.fullmatch(name) and not _is_local(name) else ""
 
 
 def _run_of(sae: Path) -> Path:
@@ -102,7 +110,13 @@ def write_folder(facts: Facts, run: Path, folder: Path) -> Path:
 def local_paths(facts: Facts) -> list[str]:
     """What would tell readers how this machine is laid out."""
     values = [*facts.config["metadata"].values(), *facts.row.values()]
-    return sorted({v for v in values if isinstance(v, str) and Path(v).is_absolute()})
+    return sorted({v for v in values if isinstance(v, str) and _is_local(v)})
+
+
+def _is_local(value: str) -> bool:
+    """Whether it is a path of this machine by its form, or because something is there."""
+    is_path = Path(value).is_absolute() or value.startswith(("./", "../", "~/"))
+    return is_path or os.path.exists(value) or os.path.exists(value.partition("@")[0])
 
 
 def upload(folder: Path, repo: str, private: bool, api: Any = None) -> str:
@@ -144,7 +158,7 @@ def main() -> None:
     cfg = read_settings(PublishConfig, prog="python -m pretrained.publish", description=__doc__)
     facts, run = collect(cfg.sae, cfg.repo, cfg.licence)
     for value in local_paths(facts):
-        print(f"note: the files name a folder of this machine: {value}")
+        print(f"note: the files name a path of this machine: {value}")
     if cfg.dry_run:
         print(write_folder(facts, run, cfg.dry_run))
         return

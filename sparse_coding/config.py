@@ -57,7 +57,8 @@ class RunConfig:
     # what is read
     lm: str = "smollm2-135m"
     """Language model: smollm2-135m (embedded), a local Hugging Face folder, or a hub id such as
-    gpt2 or EleutherAI/pythia-70m-deduped. Append @random for random weights."""
+    gpt2 or EleutherAI/pythia-70m-deduped. Append @random for random weights, @centred for a
+    stream without its mean."""
     hook_name: tuple[str, ...] = ("blocks.12.hook_resid_post",)
     """Activations to learn from, e.g. blocks.12.hook_resid_post; several share one harvest."""
     target_hook_name: str | None = None

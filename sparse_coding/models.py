@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformer_lens.loading_from_pretrained import get_official_model_name
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import (
     AutoConfig,
@@ -47,6 +48,7 @@ STREAM_HOOKS = (
 )
 """In the order in which a block computes them; `mlp.hook_in` is what its MLP reads, normed."""
 RANDOMISATIONS = ("random", "shuffled")
+CENTRED = "centred"
 _IN_A_BLOCK = re.compile(r"\.\d+\.")
 NO_CODE = {"trust_remote_code": False}  # said, or the libraries ask at the terminal
 MAX_BLOCKS = 1024
@@ -120,12 +122,13 @@ def load_lm(
     `smollm2-135m` (embedded), `tiny-a` or `tiny-b` (shipped; they differ in their seed alone), a
     local Hugging Face folder, or a hub id, with an optional `@revision`. `@random` re-initialises
     every weight from the architecture's own distribution, `@shuffled` permutes the entries of
-    every weight tensor (both seeded; controls as in Heap et al. 2025, arXiv 2501.17727). An
-    unknown name is a `UserError`.
+    every weight tensor (both seeded; controls as in Heap et al. 2025, arXiv 2501.17727).
+    `@centred` takes the mean over d_model out of all that is written to the residual stream:
+    logits are the same behind LayerNorms, and what TransformerLens's `center_writing_weights` and
+    dictionaries trained on it see is what the hooks hold. An unknown name is a `UserError`.
     """
-    base, _, suffix = name.partition("@")
+    base, suffix, revision = _parts(name)
     randomisation = suffix if suffix in RANDOMISATIONS else None
-    revision = suffix if suffix and not randomisation else None
     where = choose_device(device)
     number_format = choose_dtype(dtype, where)
     source = _source(base, name)
@@ -139,11 +142,15 @@ def load_lm(
         model = TransformerBridge.boot_transformers(
             source, device=where, dtype=number_format, revision=revision, hf_model=altered
         )
+        if suffix == CENTRED:
+            _centre(model)
     model.eval().requires_grad_(False)
     identity = {"lm": base, "dtype": str(number_format).removeprefix("torch.")}
     identity |= _files_identity(Path(source), model, revision)
     if randomisation:
         identity |= {"randomisation": randomisation, "randomisation_seed": seed}
+    if suffix == CENTRED:
+        identity |= {"writing_weights": CENTRED}
     return LanguageModel(model, tokenizer, name, where, number_format, identity)
 
 
@@ -163,8 +170,7 @@ class LMSize(NamedTuple):
 
 def size_of(name: str, *, device: str = "auto", dtype: str = "auto") -> LMSize:
     """The size of what `load_lm` would load, from its configuration alone."""
-    base, _, suffix = name.partition("@")
-    revision = suffix if suffix not in ("", *RANDOMISATIONS) else None
+    base, _, revision = _parts(name)
     where = choose_device(device)
     with _quiet(), _one_line_for_what_cannot_be_loaded(name):
         return size_of_config(
@@ -216,6 +222,34 @@ def _check_size(source: Path, config: PreTrainedConfig) -> None:
         raise ValueError(
             f"it says that it has {needed:,} numbers; its weights are {n_bytes:,} bytes"
         )
+
+
+def _parts(name: str) -> tuple[str, str, str | None]:
+    """Folder or hub id, what follows its @, and that again if it is a revision."""
+    base, _, suffix = name.partition("@")
+    is_ours = suffix in ("", CENTRED, *RANDOMISATIONS)
+    return _hub_id(base), suffix, None if is_ours else suffix
+
+
+def _hub_id(base: str) -> str:
+    """What TransformerLens calls gpt2-small or pythia-70m, by its name on the hub."""
+    if base == EMBEDDED or base in SHIPPED_NAMES or Path(base).expanduser().is_dir():
+        return base
+    try:
+        return get_official_model_name(base)
+    except ValueError:
+        return base
+
+
+def _centre(model: TransformerBridge) -> None:
+    """`ValueError` where the mean is read: an RMSNorm's model would be another one without it."""
+    if not model.cfg.normalization_type.startswith("LN"):
+        raise ValueError(
+            f"@{CENTRED} needs LayerNorms; its norms are RMSNorms, which see the mean"
+        )
+    model.process_weights(
+        fold_ln=False, center_writing_weights=True, center_unembed=False, fold_value_biases=False
+    )
 
 
 def _source(base: str, name: str) -> str:

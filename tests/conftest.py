@@ -9,6 +9,17 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning slows a shared machine many times
 
+# Minutes each. Begun first, so that no worker is left with one of them when the others are done.
+LONGEST = (
+    "distributed", "easy_training_base", "faults", "gpu_step", "transcoder", "arguments",
+    "measure_polysemanticity", "kernels", "compare_baselines", "training", "contract",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    order = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))  # stable within a module
+
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory):

@@ -11,7 +11,7 @@ from pretrained.download import Remote
 from tests import file_server
 from tests.file_server import CONTENT, PATH, error_of
 
-quiet, site = file_server.quiet, file_server.site
+offline, quiet, site = file_server.offline, file_server.quiet, file_server.site
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -101,6 +101,21 @@ def test_a_busy_server_is_asked_again(site, tmp_path):
     site.status[PATH] = [503, 429]
     download.download(Remote(site.url + PATH), tmp_path / "w.bin")
     assert (tmp_path / "w.bin").read_bytes() == CONTENT
+
+
+def test_a_size_is_what_is_published_or_what_the_server_states(site, monkeypatch):
+    url = site.url + PATH
+    assert download.stated_size(Remote(url)) is None  # this server knows no HEAD
+    head = lambda handler: handler._answer("HEAD", {})  # noqa: E731
+    monkeypatch.setattr(file_server.Handler, "do_HEAD", head, raising=False)
+    assert download.stated_size(Remote(url)) == len(CONTENT)
+    assert download.stated_size(Remote(url, 7)) == 7
+    assert download.stated_size(Remote(f"{site.url}/gone")) is None
+    assert len(site.requests) == 2 and not site.asked(PATH)
+
+
+def test_the_size_of_what_is_out_of_reach_is_unknown(offline):
+    assert download.stated_size(Remote("http://127.0.0.1:1/w.bin")) is None
 
 
 def test_a_full_disk_is_foreseen(site, tmp_path, monkeypatch):

@@ -85,6 +85,29 @@ def test_a_second_process_is_turned_away(site, tmp_path):
     assert "being fetched by another process" in message
 
 
+def test_what_is_there_is_used_without_a_lock(site, tmp_path):
+    release = plain(site)
+    chosen, store = release.choose([], [0], []), fetch.Store(tmp_path / "old-set")
+    places = fetch.fetch(release, chosen, tmp_path)
+    with store.locked():
+        assert fetch.fetch(release, chosen, tmp_path) == places
+    (store.folder / fetch.LOCK).unlink()
+    assert fetch.fetch(release, chosen, tmp_path) == places
+    assert not (store.folder / fetch.LOCK).exists()  # nothing was written
+
+
+def test_plain_files_have_the_sizes_that_the_server_states(site, tmp_path, monkeypatch):
+    head = lambda handler: handler._answer("HEAD", {})  # noqa: E731
+    monkeypatch.setattr(file_server.Handler, "do_HEAD", head, raising=False)
+    release = plain(site)
+    n_bytes = len(b"mlp_out_layer0 ae.pt") + len(b"mlp_out_layer0 config.json")
+    chosen, little = release.choose([], [0], []), (n_bytes - 1) / 1e9
+    message = error_of(fetch.fetch, release, chosen, tmp_path, little)
+    assert "--layer or --file, or allow it with --max-gb 1" in message
+    assert [method for method, _, _ in site.requests] == ["HEAD", "HEAD"]
+    fetch.fetch(release, chosen, tmp_path, n_bytes / 1e9)
+
+
 @pytest.mark.parametrize("path", ("../../evil", "/etc/passwd", "a\\b"))
 def test_a_file_outside_the_release_cannot_be_named(site, tmp_path, path):
     release = plain(site)
@@ -152,6 +175,34 @@ def test_a_malicious_archive_leaves_nothing_outside_or_inside(hub, tmp_path):
     message = error_of(fetch.fetch, in_archive(), in_archive().dictionaries, tmp_path / "a/b")
     assert "could leave its folder" in message
     assert not list(tmp_path.rglob("evil.txt")) and not list(tmp_path.rglob("config.json"))
+
+
+@pytest.mark.parametrize("name", ("fetched.json", ".lock", "Fetched.JSON", ".lock/a"))
+def test_an_archive_that_would_replace_the_record_is_refused(hub, tmp_path, name):
+    hub.repos["owner/saes"] = {"set.zip": zipped({f"{INSIDE}/ae.pt": CONTENT, name: b"[]"})}
+    message = error_of(fetch.fetch, in_archive(), in_archive().dictionaries, tmp_path)
+    assert f"{name!r} would replace a file that is not the archive's" in message
+    assert {path.name for path in (tmp_path / "sm").iterdir()} == {".lock", "set.zip"}
+
+
+def test_an_archive_fetched_meanwhile_is_not_fetched_again(hub, tmp_path, monkeypatch):
+    hub.repos["owner/saes"] = {"set.zip": ARCHIVE}
+    release, missing = in_archive(), fetch._missing
+    fetch.fetch(release, release.dictionaries, tmp_path)
+    n, before = len(hub.requests), [release.dictionaries]  # what was missing before the lock
+    monkeypatch.setattr(fetch, "_missing", lambda *a: before.pop() if before else missing(*a))
+    fetch.fetch(release, release.dictionaries, tmp_path)
+    assert len(hub.requests) == n and not before
+
+
+def test_a_large_archive_is_not_fetched_unasked(hub, tmp_path):
+    hub.repos["owner/saes"] = {"set.zip": ARCHIVE}
+    release, little = in_archive(), (len(ARCHIVE) - 1) / 1e9
+    message = error_of(fetch.fetch, release, release.dictionaries, tmp_path, little)
+    assert "GB; allow it with --max-gb 1" in message
+    assert not any(path.startswith("/cdn") for _, path, _ in hub.requests)
+    (tmp_path / "sm/set.zip").write_bytes(ARCHIVE)  # by hand: nothing is left to fetch
+    fetch.fetch(release, release.dictionaries, tmp_path, little)
 
 
 @pytest.mark.parametrize("unpacked", (False, True))
@@ -234,6 +285,37 @@ def test_a_folder_put_there_by_hand_is_used_and_verified_later(
     hub.repos["owner/lens"] = LENS
     fetch.fetch(release, chosen, tmp_path)
     assert (folder / "cfg.json").read_bytes() == LENS["8/cfg.json"]
+
+
+@pytest.mark.parametrize(("first", "then"), (("8", "8"), ("8", ""), ("", "8")))
+def test_a_folder_that_came_in_part_is_not_there_by_hand(hub, tmp_path, monkeypatch, first, then):
+    from huggingface_hub import constants
+
+    hub.repos["owner/lens"] = {f"8/{name}": LENS[f"8/{name}"] for name in FILES}
+    release, weights = find_release("owner/lens"), "8/sae_weights.safetensors"
+    hub.status[f"/cdn/owner/lens/{weights}"] = [403]
+    error_of(fetch.fetch, release, [Dictionary("x", first)], tmp_path)
+    place = tmp_path / "owner--lens" / weights
+    assert place.with_name("cfg.json").is_file() and not place.exists()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    message = error_of(fetch.fetch, release, [Dictionary("x", then)], tmp_path)
+    assert f"{weights} as {place}" in message and "cfg.json" not in message
+    place.write_bytes(CONTENT)
+    fetch.fetch(release, [Dictionary("x", then)], tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    fetch.fetch(release, [Dictionary("x", then)], tmp_path)
+    assert fetch.Store(tmp_path / "owner--lens").has(then)
+
+
+def test_a_repositorys_own_record_does_not_replace_the_caches(hub, tmp_path):
+    hub.repos["owner/copy"] = {"fetched.json": b"[]", ".lock": b"x", "a/fetched.json": b"{}"}
+    release, store = find_release("owner/copy"), fetch.Store(tmp_path / "owner--copy")
+    fetch.fetch(release, [], tmp_path)
+    assert list(store.record()[""]) == ["a/fetched.json"]
+    assert (store.folder / fetch.LOCK).read_bytes() == b""
+    for name in ("fetched.json", ".lock/a", "FETCHED.json"):
+        chosen = [Dictionary("x", name)]
+        assert "the cache's own file" in error_of(fetch.fetch, release, chosen, tmp_path)
 
 
 def test_more_than_expected_is_not_fetched_unasked(hub, tmp_path):

@@ -37,10 +37,11 @@ def refusal(path):
     return str(caught.value)
 
 
+EMBEDDING = "embedding/width_4k/average_l0_6"
 TRANSCODERS = ("gemma-scope-2b-pt-transcoders/layer_3", "transcoder")
 
 
-@pytest.mark.parametrize("name", ["layer_12", "embedding", "gemma_scope_2", *TRANSCODERS])
+@pytest.mark.parametrize("name", ["layer_12", EMBEDDING, "gemma_scope_2", *TRANSCODERS])
 def test_golden_files_encode_and_decode_as_saelens_recorded(name):
     recorded = load_file(GOLDEN / name / "recorded.safetensors")
     sae = load_dictionary(GOLDEN / name)
@@ -62,7 +63,7 @@ def test_matrices_are_not_turned_b_dec_is_not_subtracted_and_each_feature_has_it
 
 
 def test_an_embeddings_sae_is_rescaled_by_the_root_of_its_width(tmp_path, golden):
-    embedding = shutil.copytree(golden, tmp_path / "embedding" / "width_4k")
+    embedding = shutil.copytree(golden, tmp_path / EMBEDDING)
     sae, plain = load_gemma_scope(embedding / "params.npz"), load_gemma_scope(golden)
     torch.testing.assert_close(sae.W_enc * 5**0.5, plain.W_enc)
     torch.testing.assert_close(sae.W_dec / 5**0.5, plain.W_dec)
@@ -71,10 +72,29 @@ def test_an_embeddings_sae_is_rescaled_by_the_root_of_its_width(tmp_path, golden
 
 
 def test_an_embeddings_sae_is_recognised_from_within_its_folder_too(tmp_path, golden, monkeypatch):
-    folder = shutil.copytree(golden, tmp_path / "embedding" / "width_4k" / "average_l0_6")
+    folder = shutil.copytree(golden, tmp_path / EMBEDDING)
     expected = load_gemma_scope(folder)
     monkeypatch.chdir(folder)
     assert torch.equal(load_gemma_scope("params.npz").W_enc, expected.W_enc)
+
+
+def test_a_folder_that_happens_to_be_called_embedding_says_nothing(tmp_path, golden):
+    elsewhere = shutil.copytree(golden, tmp_path / "runs/embedding/a")
+    assert torch.equal(load_gemma_scope(elsewhere).W_dec, load_gemma_scope(golden).W_dec)
+
+
+@pytest.mark.parametrize("kind", ["transcoder", "crosscoder"])
+def test_nothing_is_written_where_gemma_scope_would_take_it_for_another_kind(tmp_path, kind):
+    with pytest.raises(UserError, match=f"says to Gemma Scope that it is a {kind}; choose"):
+        save_gemma_scope(JumpReLUSAE(4, 8), tmp_path / kind / "layer_3")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_configuration_goes_before_what_its_folders_are_called(tmp_path, golden):
+    folder = shutil.copytree(golden, tmp_path / "transcoder" / "layer_3")
+    assert load_gemma_scope(folder).is_transcoder
+    (folder / "config.json").write_text(json.dumps({"type": "sae"}))
+    assert not load_gemma_scope(folder).is_transcoder
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -90,7 +110,7 @@ def test_the_safetensors_of_gemma_scope_2_hold_the_same_under_small_names(golden
         assert torch.equal(sae.state_dict()[name], value)
 
 
-@pytest.mark.parametrize("folder", ["a", "embedding"])
+@pytest.mark.parametrize("folder", ["a", EMBEDDING, "runs/embedding/a"])
 def test_ours_comes_back_bit_by_bit(tmp_path, folder):
     generator = torch.Generator().manual_seed(1)
     sae = JumpReLUSAE(16, 20, generator)  # whose root is exact
@@ -102,7 +122,7 @@ def test_ours_comes_back_bit_by_bit(tmp_path, folder):
         save_gemma_scope(sae, tmp_path / folder)
 
 
-@pytest.mark.parametrize("folder", ["layer_3/width_16k", "embedding/width_16k"])
+@pytest.mark.parametrize("folder", ["layer_3/width_16k", EMBEDDING])
 def test_ours_encodes_and_decodes_alike_in_saelens(tmp_path, monkeypatch, folder):
     """With SAELens's loader for Gemma Scope, which is given our file for a download."""
     reason = "SAELens is not installed: benchmarks/requirements-peers.txt"

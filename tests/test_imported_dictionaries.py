@@ -6,6 +6,7 @@ training and what they leave out; that their layouts are right is what the tests
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,18 +21,20 @@ from analysis import (
     interpret_units,
     measure_polysemanticity,
     probe_concepts,
+    subjects,
 )
 from analysis.program import MeasureConfig
-from analysis.subjects import load_subjects
+from analysis.subjects import Origin, load_subjects
 from data_visualization import dashboard
+from pretrained.catalogue import releases
 from sparse_coding.errors import UserError
 from sparse_coding.formats.dictionary_learning import save_dictionary_learning
 from sparse_coding.formats.gemma_scope import save_gemma_scope
 from sparse_coding.formats.openai import StandardisedDictionary, save_openai
-from sparse_coding.formats.saelens import load_saelens
+from sparse_coding.formats.saelens import load_saelens, save_saelens
 from sparse_coding.formats.sparsify import save_sparsify
-from sparse_coding.sae import JumpReLUSAE, TopKSAE
-from sparse_coding.storage import read_json, write_json
+from sparse_coding.sae import L1SAE, JumpReLUSAE, TopKSAE
+from sparse_coding.storage import read_json, read_object, write_json
 
 OURS = "outputs/runs/whole/saes/l1_x04_l0-6_s0"
 HOOK = "blocks.1.hook_resid_post"
@@ -125,6 +128,28 @@ def test_files_say_where_they_were_trained_as_far_as_they_do(here):
             load_subjects([here[name]], cfg)
         (told,) = load_subjects([here[name]], MeasureConfig(device="cpu", **PLACE))
         assert told.origin.hook_name == HOOK
+
+
+def test_a_dictionary_of_an_older_saelens_asks_for_bos_and_for_a_centred_model(tmp_path):
+    """Before 6 no `prepend_bos` meant True."""
+    save_saelens(L1SAE(12, 20, torch.Generator()), tmp_path / "a", metadata={})
+    config = read_object(tmp_path / "a/cfg.json") | {"model_name": "gpt2-small"}
+    config |= {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
+    config |= {"hook_point": HOOK}
+    del config["metadata"]
+    write_json(tmp_path / "a/cfg.json", config)
+    (found,) = load_subjects([str(tmp_path / "a")], MeasureConfig(device="cpu"))
+    assert found.origin == Origin("gpt2-small@centred", HOOK, bos="always")
+    assert releases()["gpt2-small-res-jb"].model == "gpt2@centred"
+
+
+def test_the_model_that_a_release_names_goes_before_its_files(here, monkeypatch):
+    """They have short names that only their library looks up."""
+    known = {"theirs": SimpleNamespace(model="the/one", architecture="L1", dictionaries=())}
+    monkeypatch.setattr(subjects, "releases", lambda: known)
+    monkeypatch.setattr(subjects, "fetched", lambda _: Path(here["dictionary_learning"]))
+    (found,) = load_subjects(["theirs/a"], MeasureConfig(device="cpu"))
+    assert (found.origin.lm, found.origin.hook_name) == ("the/one", HOOK)
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,46 @@ def test_drawing_a_model_leaves_the_global_generator_alone(folders, suffix):
     assert torch.equal(*after)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
+def test_centred_takes_the_mean_out_of_the_stream_and_changes_no_logit(folders, family):
+    lm, plain = load(folders[family], "@centred"), load(folders[family])
+    for hook_name in hooks_of(family):
+        acts, raw = (activations(one, TOKENS, [hook_name])[hook_name] for one in (lm, plain))
+        is_written = not hook_name.endswith("mlp.hook_in")  # that is normed, and the same
+        expected = raw - raw.mean(dim=-1, keepdim=True) if is_written else raw
+        torch.testing.assert_close(acts, expected, **ROUNDING, msg=hook_name)
+    torch.testing.assert_close(lm.model(TOKENS), plain.model(TOKENS), **ROUNDING)
+    assert lm.identity != plain.identity
+
+
+def test_a_model_whose_norms_see_the_mean_is_not_centred(folders):
+    with pytest.raises(UserError, match="@centred needs LayerNorms"):
+        load(folders["llama"], "@centred")
+
+
+@pytest.mark.parametrize(
+    ("name", "on_the_hub"),
+    [
+        ("gpt2-small", "gpt2"),
+        ("pythia-70m-deduped", "EleutherAI/pythia-70m-deduped"),
+        ("gpt2", "gpt2"),
+        ("owner/unheard-of", "owner/unheard-of"),
+    ],
+)
+def test_a_short_name_of_transformer_lens_is_looked_up(monkeypatch, name, on_the_hub):
+    asked = []
+
+    def ask(source, **_):
+        asked.append(source)
+        raise OSError("no network")
+
+    monkeypatch.setattr(models.AutoConfig, "from_pretrained", ask)
+    for look in (load_lm, models.size_of):
+        with pytest.raises(UserError):
+            look(name, device="cpu")
+    assert asked == [on_the_hub] * 2
+
+
 def test_the_identity_tells_models_apart_that_give_other_activations(folders, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(folders["llama"], copy)

@@ -250,6 +250,31 @@ def test_folders_of_this_machine_are_pointed_out(tmp_path):
     assert publish.local_paths(facts) == ["/home/somebody/model"]
 
 
+def test_a_relative_path_is_pointed_out_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sae = make_run(tmp_path)
+    texts = ["./a.txt", "../b.jsonl", "~/c", "d.txt", "e/f@centred"]
+    (tmp_path / "d.txt").touch()
+    (tmp_path / "e/f").mkdir(parents=True)
+    others = ["", "...", "~", "gone/g", "builtin", "a" * 5000]  # the last cannot name a file
+    config = json.loads((sae / "cfg.json").read_text())
+    config["metadata"] = dict(enumerate([*texts, *others]))
+    write_json(sae / "cfg.json", config)
+    facts, _ = publish.collect(sae, "user/name")
+    assert publish.local_paths(facts) == sorted(texts)
+
+
+def test_a_folder_named_like_a_hub_model_is_no_base_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sae = make_run(tmp_path)
+    facts, _ = publish.collect(sae, "user/name")
+    assert "base_model: owner/model\n" in publish.model_card(facts)
+    (tmp_path / "owner/model").mkdir(parents=True)
+    facts, _ = publish.collect(sae, "user/name")
+    assert "base_model" not in publish.model_card(facts)
+    assert publish.local_paths(facts) == ["owner/model"]
+
+
 # --- uploading ---------------------------------------------------------------------------------
 
 

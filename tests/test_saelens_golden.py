@@ -105,6 +105,8 @@ def test_a_topk_that_rescales_gets_unit_rows_and_a_row_of_zeros_stays_silent(gol
 def test_a_topk_that_does_not_rescale_keeps_the_norms_of_its_rows(golden):
     edit_config(golden, rescale_acts_by_decoder_norm=False)
     assert torch.equal(load_saelens(golden).W_dec.data, load_file(golden / WEIGHTS)["W_dec"])
+    edit_config(golden, remove=["rescale_acts_by_decoder_norm"])  # as of 6.0 to 6.15
+    assert torch.equal(load_saelens(golden).W_dec.data, load_file(golden / WEIGHTS)["W_dec"])
 
 
 @JUMPRELU
@@ -226,11 +228,19 @@ def test_a_jumprelu_is_a_matryoshka_only_with_the_prefixes_that_it_had(golden, p
         ({"metadata": {}, "normalize_activations": True}, "'expected_average_only_in'"),
         ({"remove": ["metadata", "reshape_activations"], "hook_name": "x.hook_z"}, "is 'hook_z'"),
         ({"metadata": [1]}, "must be a JSON object"),
+        ({"metadata": {}, "activation_fn_str": "tanh-relu"}, "activation_fn is 'tanh-relu'"),
+        ({"metadata": {}, "activation_fn": "topk", "activation_fn_kwargs": [1]}, "k is None"),
     ],
 )
 def test_a_configuration_that_cannot_be_followed_is_refused(golden, changes, line):
     edit_config(golden, **changes)
     assert line in refusal(golden)
+
+
+def test_weights_that_the_stated_dtype_cannot_hold_are_refused(golden):
+    edit_weights(golden, b_enc=torch.full((7,), 1e5))
+    edit_config(golden, dtype="float16")
+    assert "too large for float16" in refusal(golden)
 
 
 @pytest.mark.parametrize("key", ["d_in", "dtype", "architecture", "apply_b_dec_to_input"])
@@ -244,7 +254,6 @@ def test_a_configuration_without_a_key_is_refused(golden, key):
     ("changes", "line"),
     [
         ({"remove": ["k"]}, "lacks k"),
-        ({"remove": ["rescale_acts_by_decoder_norm"]}, "lacks rescale_acts_by_decoder_norm"),
         ({"k": 8}, "k is 8; it must be at most d_sae 7"),
         ({"k": 0}, "k is 0; it must be a positive integer"),
         ({"k": 2.5}, "k is 2.5; it must be a positive integer"),

@@ -39,6 +39,7 @@ SPELLINGS = {"w_enc": "W_enc", "w_dec": "W_dec"}  # Gemma Scope 2's: ours
 MAX_RATIO = 8  # of the arrays to the archive: float32 weights deflate by 1.1, bfloat16 ones by 2.3
 TRANSCODERS = re.compile(r"gemma-scope[^/]*-transcoders/|/transcoder(_all)?/[^/]+/[^/]+$")
 CROSSCODERS = re.compile(r"/(crosscoder|clt)(_all)?/[^/]+/[^/]+$")
+EMBEDDINGS = re.compile(r"/embedding/width_[^/]+/average_l0_[^/]+/params\.npz$")
 
 
 def recognises(path: Path) -> bool:
@@ -95,6 +96,9 @@ def save_gemma_scope(sae: SAE, folder: str | Path, *, overwrite: bool = False) -
     """
     refuse_what_cannot_be_said(sae, (JumpReLUSAE,), "Gemma Scope")
     path = Path(folder) / ARCHIVE
+    kind = _kind_by_place(path)
+    if kind != "sae":
+        raise UserError(f"{folder} says to Gemma Scope that it is a {kind}; choose another folder")
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists; choose another folder or allow overwriting")
     tensors = {name: getattr(sae, name).detach().float() for name in NAMES}
@@ -108,8 +112,7 @@ def save_gemma_scope(sae: SAE, folder: str | Path, *, overwrite: bool = False) -
 
 def _embedding_scale(path: Path, d_in: int) -> float:
     """sqrt(d_in) for embedding/width_4k/average_l0_6/params.npz and its like, else 1."""
-    is_embedding = path.name == ARCHIVE and "embedding" in path.absolute().parts[-4:-1]
-    return d_in**0.5 if is_embedding else 1.0
+    return d_in**0.5 if EMBEDDINGS.search(path.absolute().as_posix()) else 1.0
 
 
 def _in_our_names(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -124,9 +127,9 @@ def _in_our_names(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
 
 def _is_transcoder(path: Path, names: Iterable[str]) -> bool:
     """Whether it decodes another place's activations; `UserError` for what has no class here."""
-    facts, place = _read_facts(path.parent), path.absolute().as_posix()
-    kind = facts.get("type", "sae")
-    if kind not in ("sae", "transcoder") or CROSSCODERS.search(place):
+    facts = _read_facts(path.parent)
+    kind = facts.get("type", _kind_by_place(path))
+    if kind not in ("sae", "transcoder"):
         raise UserError(f"{path} is a crosscoder; only SAEs and transcoders are supported")
     if "affine_skip_connection" in names or facts.get("affine_connection"):
         raise UserError(f"{path} is a transcoder with a skip connection, which is not supported")
@@ -137,7 +140,15 @@ def _is_transcoder(path: Path, names: Iterable[str]) -> bool:
         )
     hook = facts.get("hf_hook_point_in")
     is_elsewhere = facts.get("hf_hook_point_out", hook) != hook
-    return kind == "transcoder" or is_elsewhere or bool(TRANSCODERS.search(place))
+    return kind == "transcoder" or is_elsewhere
+
+
+def _kind_by_place(path: Path) -> str:
+    """What the names of the published folders say; a config.json that says it goes before."""
+    place = path.absolute().as_posix()
+    if CROSSCODERS.search(place):
+        return "crosscoder"
+    return "transcoder" if TRANSCODERS.search(place) else "sae"
 
 
 def _read_facts(folder: Path) -> dict[str, Any]:

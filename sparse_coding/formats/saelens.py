@@ -173,17 +173,27 @@ def load_saelens(folder: str | Path, device: torch.device | str = "cpu") -> SAE:
     sae = sae.to(DTYPES[config["dtype"].removeprefix("torch.")])
     weights = _fold(weights, config, cls)
     sae.load_state_dict({name: weights[name] for name in sae.state_dict()})
+    if not all(tensor.isfinite().all() for tensor in sae.state_dict().values()):
+        raise UserError(f"{folder}: its weights are too large for {config['dtype']}")
     return sae.to(device)
 
 
 def training_facts(folder: Path) -> dict[str, Any]:
-    """What cfg.json says of the training."""
+    """What cfg.json says of the training.
+
+    SAELens lets TransformerLens take the mean out of what is written to the stream
+    (`center_writing_weights`); such a model is called MODEL@centred here.
+    """
     config = read_object(folder / CONFIG)
     metadata = config.get("metadata")
-    said = config | (metadata if isinstance(metadata, dict) else {})
+    said = {"prepend_bos": True} if _is_before_6(config) else {}
+    said |= config | (metadata if isinstance(metadata, dict) else {})
     hook_name = said.get("hook_name", said.get("hook_point"))  # before 3 it was a point
+    lm, options = said.get("model_name"), said.get("model_from_pretrained_kwargs")
+    if isinstance(lm, str) and isinstance(options, dict) and options.get("center_writing_weights"):
+        lm += "@centred"
     return said | {
-        "lm": said.get("model_name"),
+        "lm": lm,
         "hook_name": hook_name,
         "target_hook_name": said.get("hook_name_out"),
         "text": said.get("dataset_path"),
@@ -239,24 +249,35 @@ def _read_config(path: Path) -> dict[str, Any]:
     metadata = config.setdefault("metadata", {}) if isinstance(config, dict) else None
     if not isinstance(metadata, dict):
         raise UserError(f"{path} is not a SAELens configuration: it must be a JSON object")
-    version = str(config.get("sae_lens_version") or metadata.get("sae_lens_version") or "")
-    major = version.partition(".")[0]
-    if not major.isdigit() or int(major) < 6:
-        config = _in_words_of_6(config)
+    if _is_before_6(config):
+        config = _in_words_of_6(path, config)
     _check(path, config, ALLOWED, ("d_in", "d_sae"))
     layout = LAYOUTS[config["architecture"]]
+    if "rescale_acts_by_decoder_norm" in layout.choices:
+        config.setdefault("rescale_acts_by_decoder_norm", False)  # 6.0 to 6.15 know it not
     _check(path, config, layout.choices, layout.integers)
     if config["architecture"] == "topk" and config["k"] > config["d_sae"]:
         raise UserError(f"{path}: k is {config['k']}; it must be at most d_sae {config['d_sae']}")
     return config
 
 
-def _in_words_of_6(config: dict[str, Any]) -> dict[str, Any]:
+def _is_before_6(config: dict[str, Any]) -> bool:
+    metadata = config.get("metadata")
+    nested = metadata.get("sae_lens_version") if isinstance(metadata, dict) else None
+    major = str(config.get("sae_lens_version") or nested or "").partition(".")[0]
+    return not major.isdigit() or int(major) < 6
+
+
+def _in_words_of_6(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     """A configuration of SAELens 2 to 5, which was flat, with the names and defaults of 6."""
     config = {"apply_b_dec_to_input": True, "architecture": "standard"} | config
-    if config.get("activation_fn", config.get("activation_fn_str")) == "topk":
-        config |= {"architecture": "topk", "rescale_acts_by_decoder_norm": False}
-        config["k"] = (config.get("activation_fn_kwargs") or {}).get("k")
+    activation = config.get("activation_fn", config.get("activation_fn_str")) or "relu"
+    if activation not in ("relu", "topk"):
+        raise UserError(f"{path}: activation_fn is {activation!r}; supported is 'relu' or 'topk'")
+    if activation == "topk":
+        options = config.get("activation_fn_kwargs")
+        k = options.get("k") if isinstance(options, dict) else None
+        config |= {"architecture": "topk", "k": k}
     scaled = config.get("normalize_activations") or "none"
     config["normalize_activations"] = "expected_average_only_in" if scaled is True else scaled
     hook_name = str(config.get("hook_name", config.get("hook_point", "")))

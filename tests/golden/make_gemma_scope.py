@@ -104,7 +104,7 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     numbers = np.random.default_rng(0)
     write_npz("layer_12", numbers)
-    write_npz("embedding", numbers)
+    write_npz("embedding/width_4k/average_l0_6", numbers)
     write_safetensors("gemma_scope_2", numbers, "resid_post/layer_12_width_16k_l0_small")
     write_npz("gemma-scope-2b-pt-transcoders/layer_3", numbers, "transcoder_")
     write_safetensors(
