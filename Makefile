@@ -34,7 +34,8 @@ test: .venv/installed-for-tests
 	@echo 'test: style'
 	@$(VENV) -m ruff check .
 	@echo 'test: pytest $(ARGS)'
-	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV) -m pytest -n 2 --dist loadfile $(ARGS)
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV) -m pytest \
+	  -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 report: .venv/installed
 	@echo 'report: figures of outputs/published and benchmarks/results, outputs/published/report.html'
