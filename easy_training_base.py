@@ -97,7 +97,8 @@ def token_batches(split):
 # row i of epoch e is the i-th value of a keyed permutation, so a place in the data is one integer.
 
 # %%
-next(token_batches("train"))  # a text that fills no context is refused before anything is written
+for split in ("train", "heldout"):  # what fills no context is refused before anything is written
+    next(token_batches(split))
 run.start()
 stop = StopSignal(processes)  # from here on SIGINT and SIGTERM end the run, to be resumed
 rows = Rows(lm, lambda: token_batches("train"), cfg.harvested_hooks, processes)
@@ -113,7 +114,8 @@ if cfg.cache:
     )
     n_steps = sources.n_batches
 else:
-    sources = StreamingSources(rows, cfg.batch_tokens, cfg.data_seed, cfg.buffer_tokens)
+    window = cfg.batch_tokens, cfg.data_seed, cfg.buffer_tokens
+    sources = StreamingSources(rows, *window, is_stopped=stop.agreed)
     n_steps = cfg.n_tokens * cfg.n_epochs // cfg.batch_tokens
 
 # %% [markdown]
@@ -155,14 +157,16 @@ with Reporter(run, n_steps, step) as reporter, stop.awaited():
         for place, trainer in trainers.items():
             trainer.step(side_by_side(batch, cfg.columns(place)))
         step += 1
-        stopped_by = stop.agreed()
 
         if step % cfg.log_every == 0 or step == n_steps:
             reporter.log([row for trainer in trainers.values() for row in trainer.metrics()])
-        if step % cfg.checkpoint_every == 0 or step == n_steps or stopped_by:
+        if stop.agreed():
+            break
+        if step % cfg.checkpoint_every == 0 or step == n_steps:
             save()
-        if stopped_by:
-            sys.exit(f"stopped by {stopped_by} at step {step} of {n_steps}; go on with --resume")
+    if stopped_by := stop.agreed():  # after a step, or while a window of the stream was filled
+        save()
+        sys.exit(f"stopped by {stopped_by} at step {step} of {n_steps}; go on with --resume")
 
 # %% [markdown]
 # ## Measure on held-out documents and save

@@ -15,7 +15,6 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
@@ -23,17 +22,19 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Float64, Int, Int32, Int64
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from sparse_coding.cache_files import (
     DTYPES,
+    Place,
     check_files,
     checked_shards,
     damage,
     faults,
+    open_shard,
+    place_behind,
     read_manifest,
     shard_path,
 )
@@ -50,13 +51,16 @@ from sparse_coding.storage import (
     write_json,
 )
 
+SPARE_BYTES = 2**29
+"""What a harvest leaves free on its disk."""
+
 
 def cache_bytes(n_tokens: int, hooks: dict[str, int], dtype: torch.dtype) -> int:
     """Bytes of a cache of `n_tokens` rows, without file headers; `hooks` maps names to widths."""
     return n_tokens * (sum(hooks.values()) * dtype.itemsize + 2 * torch.int32.itemsize)
 
 
-def check_space(folder: Path, n_bytes: int, margin: int = 2**29) -> None:
+def check_space(folder: Path, n_bytes: int, margin: int = SPARE_BYTES) -> None:
     """Say what will be written; `UserError` unless the disk keeps `margin` bytes free after it."""
     print(f"writing {n_bytes / 1e9:.2f} GB of activations to {folder}", file=sys.stderr)
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -77,8 +81,8 @@ class CacheWriter:
     until it is full (75 MB per hook at width 576 in bfloat16), then written atomically with its
     own sums, so that statistics of a continued cache are those of an unbroken one to the bit.
 
-    Usage: skip the first `n_tokens_done` rows, `append` the rest, `finish`. Raises `UserError`
-    when another process writes there, the cache exists already or the disk does not hold it.
+    Usage: `append` the rows from `place` on, `finish`. Raises `UserError` when another process
+    writes there, the cache exists already or the disk does not hold it.
     """
 
     def __init__(
@@ -111,6 +115,8 @@ class CacheWriter:
         except BaseException:
             self.close()
             raise
+        self.place = place_behind(self._shards)
+        """Where in the text the next row is."""
         rows = min(shard_tokens, n_missing)
         self._buffers = {hook: torch.empty(rows, d, dtype=dtype) for hook, d in hooks.items()}
         self._tokens = torch.empty(rows, dtype=torch.int32)
@@ -134,7 +140,7 @@ class CacheWriter:
 
     @property
     def n_tokens_done(self) -> int:
-        """Rows taken so far; in a new writer, the rows that the caller must skip."""
+        """Rows taken so far, those of an earlier writer among them."""
         return self.n_rows_written + self._n_buffered
 
     def append(
@@ -142,11 +148,13 @@ class CacheWriter:
         activations: dict[str, Float[Tensor, "rows _"]],
         tokens: Int[Tensor, " rows"],
         documents: Int[Tensor, " rows"],
+        place: Place,
     ) -> None:
         """Take the next rows of every hook, with each row's token id and document index.
 
-        Float32 rows are rounded to the cache's dtype. How rows are divided over calls does not
-        matter. `UserError` if a full shard has activations that are not finite.
+        `place` is where they begin; a shard keeps the place where it ends. Float32 rows are
+        rounded to the cache's dtype. How rows are divided over calls does not matter to them.
+        `UserError` if a full shard has activations that are not finite.
         """
         assert activations.keys() == self.hooks.keys(), f"{set(activations)} != {set(self.hooks)}"
         assert self.n_tokens_done + len(tokens) <= self.n_tokens, "more rows than n_tokens"
@@ -161,6 +169,7 @@ class CacheWriter:
                 buffer[self._n_buffered : self._n_buffered + n_fitting] = part
             self._n_buffered += n_fitting
             n_taken += n_fitting
+            self.place = place._replace(n_rows=place.n_rows + n_taken)
             if self._n_buffered == len(self._tokens):
                 self._write_shard()
 
@@ -176,7 +185,7 @@ class CacheWriter:
             raise UserError(
                 f"no activations were harvested into {self.folder}: is the text empty?"
             )
-        statistics = {hook: self._write_statistics(hook) for hook in self.hooks}
+        statistics = {h: _write_statistics(self.folder, h, self._shards) for h in self.hooks}
         manifest = {
             "fingerprint": fingerprint(self.settings),
             "settings": self.settings,
@@ -200,7 +209,8 @@ class CacheWriter:
         if not (self.folder / "progress.json").exists():
             return []
         progress = read_object(self.folder / "progress.json")
-        shards = checked_shards(self.folder / "progress.json", progress.pop("shards", None))
+        listed = progress.pop("shards", None)
+        shards = checked_shards(self.folder / "progress.json", listed, self.hooks)
         _refuse_differences(self.folder, found=progress, asked=self._layout)
         for number, shard in enumerate(shards):
             for path, fault in faults(self.folder, shard["files"], verify=True):
@@ -219,29 +229,40 @@ class CacheWriter:
                     f"{hook} gave activations that are not finite in rows {first} to "
                     f"{first + self._n_buffered}: run the model in bfloat16 or float32"
                 )
-            files |= self._write(shard_path(hook, len(self._shards)), content)
+            files |= _write(self.folder, shard_path(hook, len(self._shards)), content)
         content = {"tokens": self._tokens[rows], "documents": self._documents[rows]}
-        files |= self._write(shard_path("tokens", len(self._shards)), content)
-        self._shards.append({"rows": self._n_buffered, "files": files})
+        files |= _write(self.folder, shard_path("tokens", len(self._shards)), content)
+        ends_at = self.place._asdict()
+        self._shards.append({"rows": self._n_buffered, "files": files, "ends_at": ends_at})
         self._n_buffered = 0
         write_json(self.folder / "progress.json", {**self._layout, "shards": self._shards})
 
-    def _write_statistics(self, hook: str) -> dict[str, Any]:
-        total = {"sum": 0, "sum_of_squares": 0}
-        for number in range(len(self._shards)):
-            with _open_shard(self.folder / shard_path(hook, number)) as file:
-                total = {name: value + file.get_tensor(name) for name, value in total.items()}
-        mean = total["sum"] / self.n_rows_written
-        mean_square_norm = total["sum_of_squares"] / self.n_rows_written
-        content = {"mean": mean, "mean_square_norm": mean_square_norm}
-        files = self._write(f"{hook}/statistics.safetensors", content)
-        return {"mean_square_norm": mean_square_norm.item(), "files": files}
 
-    def _write(self, name: str, content: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
-        path = self.folder / name
-        with atomic_path(path) as temporary:
-            save_file(content, temporary)
-        return {name: {"bytes": path.stat().st_size, "sha256": sha256(path)}}
+def _write_statistics(folder: Path, hook: str, shards: list[dict[str, Any]]) -> dict[str, Any]:
+    total = {"sum": 0, "sum_of_squares": 0}
+    for number in range(len(shards)):
+        with open_shard(folder / shard_path(hook, number)) as file:
+            total = {name: value + file.get_tensor(name) for name, value in total.items()}
+    n_rows = sum(shard["rows"] for shard in shards)
+    content = {"mean": total["sum"] / n_rows, "mean_square_norm": total["sum_of_squares"] / n_rows}
+    files = _write(folder, f"{hook}/statistics.safetensors", content)
+    return {"mean_square_norm": content["mean_square_norm"].item(), "files": files}
+
+
+def _write(folder: Path, name: str, content: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
+    path = folder / name
+    with atomic_path(path) as temporary:
+        save_file(content, temporary)
+    return {name: {"bytes": path.stat().st_size, "sha256": sha256(path)}}
+
+
+def rebuild_statistics(folder: Path, hook: str) -> None:
+    """Sum up a hook's whole shards again; `UserError` unless the same comes out to the bit."""
+    manifest = read_manifest(folder)
+    written = _write_statistics(folder, hook, manifest["shards"])
+    if written != manifest["statistics"][hook]:
+        path = folder / hook / "statistics.safetensors"
+        raise damage(path, "was damaged and came out differently when it was made again")
 
 
 class ActivationCache:
@@ -286,7 +307,7 @@ class ActivationCache:
     def mean(self, hook_name: str) -> Float64[Tensor, " d"]:
         """Mean activation over all rows."""
         self.check_hook(hook_name)
-        with _open_shard(self.folder / hook_name / "statistics.safetensors") as file:
+        with open_shard(self.folder / hook_name / "statistics.safetensors") as file:
             return file.get_tensor("mean")
 
     def mean_square_norm(self, hook_name: str) -> float:
@@ -320,7 +341,7 @@ class ActivationCache:
         """The memory-mapped rows of one shard; bfloat16, which NumPy lacks, as int16."""
         key = (folder, tensor, shard)
         if key not in self._mapped:
-            with _open_shard(self.folder / shard_path(folder, shard)) as file:
+            with open_shard(self.folder / shard_path(folder, shard)) as file:
                 rows = file.get_tensor(tensor)
             self._check_shape(folder, shard, rows)
             is_bfloat16 = rows.dtype == torch.bfloat16
@@ -409,15 +430,6 @@ def lock(folder: Path) -> TextIO:
     file.write(str(os.getpid()))
     file.flush()
     return file
-
-
-@contextmanager
-def _open_shard(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise damage(path, f"cannot be read ({error})") from None
 
 
 def _refuse_differences(folder: Path, found: dict[str, Any], asked: dict[str, Any]) -> None:

@@ -5,11 +5,13 @@ Nothing here harvests.
 
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from sparse_coding.errors import UserError
@@ -18,11 +20,26 @@ from sparse_coding.storage import atomic_path, read_object, sha256
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
+class Place(NamedTuple):
+    """A place in the text that is harvested, from which a harvest can go on.
+
+    It is behind `n_token_batches` whole token batches and `n_rows` kept rows after them; the other
+    counts are those of the token batches. Without limits in it, they are still to be measured.
+    """
+
+    n_token_batches: int = 0
+    n_rows: int = 0
+    n_valid: int = 0
+    n_dropped: int = 0
+    max_norms: dict[str, float] | None = None
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """manifest.json, every part of the kind and in the numbers that it was written with."""
     path = folder / "manifest.json"
     manifest = read_object(path, "settings", "hooks", "extra", "statistics")
-    shards, hooks = checked_shards(path, manifest.get("shards")), manifest["hooks"]
+    hooks = manifest["hooks"]
+    shards = checked_shards(path, manifest.get("shards"), hooks)
     if manifest.get("dtype") not in list(DTYPES):
         raise damage(path, f"has the dtype {manifest.get('dtype')!r}")
     if sum(shard["rows"] for shard in shards) != manifest.get("n_tokens"):
@@ -38,14 +55,46 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def checked_shards(path: Path, shards: Any) -> list[dict[str, Any]]:
-    """The same list; `UserError` unless each shard has its rows and its files."""
+def checked_shards(path: Path, shards: Any, hooks: Iterable[str]) -> list[dict[str, Any]]:
+    """The same list; `UserError` unless each shard has its rows and its files.
+
+    Where it ends only shards of newer caches say.
+    """
     if not isinstance(shards, list) or not all(
         _lists_files(shard) and type(shard.get("rows")) is int and 0 < shard["rows"] < 2**40
         for shard in shards
     ):
         raise damage(path, "lists no shards")
+    if not all(_is_place(shard["ends_at"], hooks) for shard in shards if "ends_at" in shard):
+        raise damage(path, "has shards that end nowhere")
     return shards
+
+
+def _is_place(part: Any, hooks: Iterable[str]) -> bool:
+    if not isinstance(part, dict) or part.keys() != set(Place._fields):
+        return False
+    *counts, max_norms = (part[name] for name in Place._fields)
+    if any(type(n) is not int or not 0 <= n < 2**40 for n in counts):
+        return False
+    is_measured = are_limits(max_norms, hooks)
+    return is_measured or (max_norms is None and part["n_token_batches"] == 0)
+
+
+def are_limits(found: Any, hooks: Iterable[str]) -> bool:
+    """Whether it holds the norm limit of each hook."""
+    return isinstance(found, dict) and all(
+        type(found.get(hook)) is float and found[hook] >= 0 for hook in hooks
+    )
+
+
+def place_behind(shards: list[dict[str, Any]]) -> Place:
+    """Where the rows behind these shards begin.
+
+    Caches that were written before places were kept only say how many rows to leave out.
+    """
+    if shards and "ends_at" in shards[-1]:
+        return Place(**shards[-1]["ends_at"])
+    return Place(n_rows=sum(shard["rows"] for shard in shards))
 
 
 def _lists_files(part: Any) -> bool:
@@ -87,11 +136,21 @@ def damage(path: Path, what: str) -> UserError:
     return UserError(f"{path} {what}: delete the folder {folder} to harvest again")
 
 
+@contextmanager
+def open_shard(path: Path) -> Iterator[Any]:
+    """The opened safetensors file; `UserError` if it cannot be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise damage(path, f"cannot be read ({error})") from None
+
+
 class DamagedShard(NamedTuple):
-    """A shard whose files are not those that were written: where it is, and what it held."""
+    """A shard whose files are not those that were written: where it begins, and what it held."""
 
     number: int
-    first_row: int
+    place: Place
     n_rows: int
     files: dict[str, dict[str, Any]]
 
@@ -101,15 +160,25 @@ def damaged_shards(folder: Path) -> list[DamagedShard]:
 
     Reads the whole cache, at about the speed of the disk, and names every damage.
     """
-    damaged, first_row = [], 0
-    shards = read_manifest(folder)["shards"]
+    damaged, shards = [], read_manifest(folder)["shards"]
     for number, shard in enumerate(tqdm(shards, "verifying shards", leave=False)):
-        found = [f"{path} {fault}" for path, fault in faults(folder, shard["files"], verify=True)]
-        if found:
-            print("\n".join(found), file=sys.stderr)
-            damaged.append(DamagedShard(number, first_row, shard["rows"], shard["files"]))
-        first_row += shard["rows"]
+        if _has_faults(folder, shard["files"]):
+            place = place_behind(shards[:number])
+            damaged.append(DamagedShard(number, place, shard["rows"], shard["files"]))
     return damaged
+
+
+def damaged_statistics(folder: Path) -> list[str]:
+    """The hooks of a complete cache whose statistics are missing or have another checksum."""
+    statistics = read_manifest(folder)["statistics"]
+    return [hook for hook, part in statistics.items() if _has_faults(folder, part["files"])]
+
+
+def _has_faults(folder: Path, files: dict[str, dict[str, Any]]) -> bool:
+    found = [f"{path} {fault}" for path, fault in faults(folder, files, verify=True)]
+    if found:
+        print("\n".join(found), file=sys.stderr)
+    return bool(found)
 
 
 def replace_shard(folder: Path, damaged: DamagedShard, harvested: Path) -> None:

@@ -35,6 +35,7 @@ from sparse_coding.settings import (
 )
 
 Parallel = Literal["ladder", "data", "features"]
+MAX_NAME_BYTES = 200
 JOIN = "+"
 
 
@@ -72,7 +73,7 @@ class RunConfig:
     """Leave out jsonl lines that cannot be read instead of stopping at the first."""
     heldout_fraction: OpenFraction = 0.05
     """Share of the documents that is kept for evaluation and never trained on."""
-    context_length: Annotated[int, Range(2)] = 128
+    context_length: Annotated[int, Range(3)] = 128
     """Tokens the language model sees at once."""
     bos: Literal["auto", "always", "never"] = "auto"
     """Whether a context begins with the BOS token; auto follows the model's tokenizer."""
@@ -202,8 +203,17 @@ def validate(cfg: RunConfig) -> RunConfig:
             f"--n-tokens {cfg.n_tokens} x --n-epochs {cfg.n_epochs} do not fill one batch of "
             f"--batch-tokens {cfg.batch_tokens}; use more tokens or a smaller batch"
         )
-    if Path(cfg.name).name != cfg.name:
-        raise UserError(f"--name {cfg.name} is not possible; it must be the name of one folder")
+    if not cfg.cache and cfg.buffer_tokens < cfg.batch_tokens:
+        raise UserError(
+            f"--buffer-tokens {cfg.buffer_tokens} hold no batch of --batch-tokens "
+            f"{cfg.batch_tokens}; use a larger buffer or a smaller batch"
+        )
+    is_a_name = Path(cfg.name).name == cfg.name != ".."
+    if not is_a_name or len(cfg.name.encode()) > MAX_NAME_BYTES:
+        raise UserError(
+            f"--name {cfg.name} is not possible; it must be the name of one folder, of at most "
+            f"{MAX_NAME_BYTES} bytes"
+        )
     for package in ("tensorboard", "wandb"):
         if getattr(cfg, package) and importlib.util.find_spec(package) is None:
             raise UserError(f"--{package} needs its package: pip install {package}")

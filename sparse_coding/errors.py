@@ -1,15 +1,23 @@
 """The one exception for what a user can mend, and its one-line form on the terminal."""
 
+import atexit
 import errno
+import hashlib
+import io
 import os
 import re
 import sys
+import time
+from pathlib import Path
 from types import TracebackType
+from typing import TextIO
 
 MAX_CHARACTERS = 4000
 BAD_INPUT = 2
 """The exit status of programs whose arguments or files are wrong, as argparse has it."""
 INTERRUPTED = 130
+SECONDS_TO_SAY_IT = 5.0
+"""That a process leaves to the one that says what ended both; torchrun then ends it."""
 DISK_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
 }  # fmt: skip
@@ -40,14 +48,26 @@ class UserError(ValueError):
         super().__init__(without_secrets(line))
 
 
+class LostProcessError(UserError):
+    """Another process is gone: said where nobody has said why."""
+
+
 def report_user_errors_in_one_line() -> None:
     """Print an uncaught `UserError` as `error: ...` without a traceback; exit status 2, as of
     arguments that no parser takes. So does a full disk; Control-C is a line and status 130.
-    Of several processes (torchrun) only the first is heard."""
+    Of several processes (torchrun) only the first is heard, but an error of any of them is said:
+    once on every machine, by the process that meets it first."""
+    terminal = sys.stderr
     if int(os.environ.get("RANK", "0")) > 0:
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+        sys.stderr = held = _Held()
+        atexit.register(_say_what_is_held, held, terminal)
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        sys.stderr = terminal
+        if _is_said(error):
+            sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+            time.sleep(SECONDS_TO_SAY_IT)
         is_disk = isinstance(error, OSError) and error.errno in DISK_ERRORS
         if issubclass(kind, UserError) or is_disk:
             error = UserError(str(error))
@@ -59,3 +79,39 @@ def report_user_errors_in_one_line() -> None:
         sys.__excepthook__(kind, error, trace)
 
     sys.excepthook = hook
+
+
+class _Held(io.StringIO):
+    """The stderr of a process that is not heard. A parser that refuses the arguments writes there
+    and exits, which is no exception that a hook sees."""
+
+
+def discard_what_is_held() -> None:
+    """From here on all processes end together, and the first one says of what."""
+    if isinstance(sys.stderr, _Held):
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+
+
+def _say_what_is_held(held: _Held, terminal: TextIO) -> None:
+    if sys.stderr is held and held.getvalue():
+        time.sleep(SECONDS_TO_SAY_IT)
+        if not _is_said(held.getvalue()):
+            terminal.write(held.getvalue())
+
+
+def _is_said(error: BaseException | str) -> bool:
+    """Whether another process of this machine has said the same, but for the numbers in it; of a
+    lost process, anything."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # attempt_0/LOCAL_RANK/error.json
+    if not file:
+        return False
+    folder, is_lost = Path(file).parents[1], isinstance(error, LostProcessError)
+    text = "" if is_lost else re.sub(r"\d+", "", f"{type(error)} {error}")
+    fingerprint = hashlib.sha256(text.encode(errors="replace")).hexdigest()
+    try:
+        if is_lost and any(folder.glob("said_*")):
+            return True
+        (folder / f"said_{fingerprint}").touch(exist_ok=False)
+    except OSError as reason:  # torchrun is gone too, or its disk is full
+        return isinstance(reason, FileExistsError)
+    return False

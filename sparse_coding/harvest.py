@@ -25,15 +25,25 @@ from sparse_coding.cache import (
     cache_folder,
     lock,
     open_cache,
+    rebuild_statistics,
 )
-from sparse_coding.cache_files import DamagedShard, damaged_shards, replace_shard
+from sparse_coding.cache_files import (
+    DamagedShard,
+    Place,
+    are_limits,
+    damage,
+    damaged_shards,
+    damaged_statistics,
+    read_manifest,
+    replace_shard,
+)
 from sparse_coding.config import hooks_of
 from sparse_coding.errors import UserError
 from sparse_coding.models import LanguageModel
 from sparse_coding.processes import ALONE, Processes, refuse_unseen
 from sparse_coding.shared_cache import NoWriter, written_by_first
 from sparse_coding.sources import ahead
-from sparse_coding.storage import read_json, remove_abandoned
+from sparse_coding.storage import remove_abandoned
 from sparse_coding.text import TokenBatch
 
 MAX_NORM_RATIO = 10.0
@@ -156,6 +166,11 @@ class KeptRows(NamedTuple):
     tokens: Int[Tensor, " rows"]
     document: Int[Tensor, " rows"]
 
+    def behind(self, n: int) -> "KeptRows":
+        """All but the first n."""
+        acts = {name: x[n:] for name, x in self.acts.items()}
+        return KeptRows(acts, self.tokens[n:], self.document[n:])
+
 
 class Rows:
     """Kept rows of several hooks, aligned: a row dropped at one hook is dropped at all.
@@ -188,13 +203,29 @@ class Rows:
 
     def __iter__(self) -> Iterator[KeptRows]:
         """One pass over the text."""
-        self.n_valid = self.n_dropped = 0
-        seen = self.seen(self.token_batches())
+        return (kept for _, kept in self.behind(Place()))
+
+    def behind(self, start: Place) -> Iterator[tuple[Place, KeptRows]]:
+        """The pass from a place on, and where each of its parts begins.
+
+        The model runs on none of the whole token batches before it.
+        """
+        self.n_valid, self.n_dropped = start.n_valid, start.n_dropped
+        if start.max_norms is not None:
+            vars(self).setdefault("max_norms", start.max_norms)
+        batches = itertools.islice(self.token_batches(), start.n_token_batches, None)
+        seen, n_skipped = self.seen(batches), start.n_rows
         if "max_norms" not in vars(self):
             seen, sample = itertools.tee(seen)  # the limits need no pass of their own
             self.max_norms = measure_max_norms(sample)
             del sample
-        yield from map(self.keep, seen)
+        for number, one in enumerate(seen, start.n_token_batches):
+            counts = self.n_valid, self.n_dropped
+            kept = self.keep(one)
+            n = min(n_skipped, len(kept.tokens))
+            n_skipped -= n
+            if not n_skipped:
+                yield Place(number, n, *counts, self.max_norms), kept.behind(n)
 
     def alone(self) -> "Rows":
         """The same rows, without other processes."""
@@ -260,7 +291,7 @@ def harvest_to_cache(
     widths = {name: hook_width(rows.lm, name) for name in rows.hook_names}
     layout = root, settings, widths, n_tokens, getattr(torch, dtype)
     with written_by_first(processes, partial(CacheWriter, *layout), n_tokens) as writer:
-        n_done = _fill(writer, rows, writer.n_tokens_done)
+        n_done = _fill(writer, rows, writer.place)
         writer.finish(
             {"max_norms": rows.max_norms, "n_valid": rows.n_valid, "n_dropped": rows.n_dropped}
         )
@@ -271,14 +302,14 @@ def harvest_to_cache(
     return open_cache(root, settings)
 
 
-def _fill(writer: CacheWriter | NoWriter, rows: Rows, n_skipped: int) -> int:
-    """Give the writer its rows, those behind the first `n_skipped`; how many it then has."""
+def _fill(writer: CacheWriter | NoWriter, rows: Rows, start: Place) -> int:
+    """Give the writer its rows, those from a place on; how many it then has."""
     with tqdm(total=writer.n_tokens, desc="harvest", unit="tok", unit_scale=True) as progress:
         progress.update(writer.n_tokens_done)
-        for acts, tokens, documents in _behind(rows, n_skipped):
+        for place, (acts, tokens, documents) in rows.behind(start):
             n = min(len(tokens), writer.n_tokens - writer.n_tokens_done)
             on_cpu = {name: x[:n].cpu() for name, x in acts.items()}
-            writer.append(on_cpu, tokens[:n], documents[:n])
+            writer.append(on_cpu, tokens[:n], documents[:n], place)
             progress.update(n)
             if writer.n_tokens_done == writer.n_tokens:
                 break
@@ -293,7 +324,7 @@ def _checked_cache(rows: Rows, folder: Path, settings: dict[str, Any]) -> Activa
     processes = rows.processes
     with processes.first_before_others():
         refuse_unseen(folder, processes)
-        rows.max_norms = read_json(folder / "manifest.json")["extra"]["max_norms"]
+        rows.max_norms = _written_limits(folder, rows.hook_names)
         if processes.is_first:
             _mend(rows.alone(), folder, settings)
     cache = ActivationCache(folder, settings)
@@ -301,38 +332,35 @@ def _checked_cache(rows: Rows, folder: Path, settings: dict[str, Any]) -> Activa
     return cache
 
 
+def _written_limits(folder: Path, hook_names: Sequence[str]) -> dict[str, float]:
+    max_norms = read_manifest(folder)["extra"].get("max_norms")
+    if not are_limits(max_norms, hook_names):
+        raise damage(folder / "manifest.json", "has not the norm limits of its hooks")
+    return max_norms
+
+
 def _mend(rows: Rows, folder: Path, settings: dict[str, Any]) -> None:
-    manifest = read_json(folder / "manifest.json")
-    rows.max_norms = manifest["extra"]["max_norms"]
-    if found := damaged_shards(folder):
-        with lock(folder):
-            remove_abandoned(folder)
-            for damaged in found:
-                print(f"harvesting shard {damaged.number} of {folder} again")
-                _harvest_again(rows, folder, settings, manifest, damaged)
+    rows.max_norms = _written_limits(folder, rows.hook_names)
+    shards, hook_names = damaged_shards(folder), damaged_statistics(folder)
+    if not shards and not hook_names:
+        return
+    with lock(folder):
+        remove_abandoned(folder)
+        for damaged in shards:
+            print(f"harvesting shard {damaged.number} of {folder} again")
+            _harvest_again(rows, folder, settings, damaged)
+        for hook_name in hook_names:
+            rebuild_statistics(folder, hook_name)
 
 
 def _harvest_again(
-    rows: Rows,
-    folder: Path,
-    settings: dict[str, Any],
-    manifest: dict[str, Any],
-    damaged: DamagedShard,
+    rows: Rows, folder: Path, settings: dict[str, Any], damaged: DamagedShard
 ) -> None:
+    manifest = read_manifest(folder)
     like = manifest["hooks"], damaged.n_rows, DTYPES[manifest["dtype"]]
     with (
         tempfile.TemporaryDirectory(prefix=".shard_", suffix=".tmp", dir=folder) as place,
         CacheWriter(place, settings, *like) as writer,
     ):
-        _fill(writer, rows, damaged.first_row)
+        _fill(writer, rows, damaged.place)
         replace_shard(folder, damaged, writer.finish({}))
-
-
-def _behind(rows: Rows, n_skipped: int) -> Iterator[KeptRows]:
-    """The rows behind the first `n_skipped`."""
-    for acts, tokens, documents in rows:
-        n = min(n_skipped, len(tokens))
-        n_skipped -= n
-        if n < len(tokens):
-            rest = {name: x[n:] for name, x in acts.items()}
-            yield KeptRows(rest, tokens[n:], documents[n:])

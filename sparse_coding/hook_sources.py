@@ -3,8 +3,8 @@
 Where rows come from and which of them count is the harvest's affair.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,12 +33,13 @@ class AlignedSources:
         return next(iter(self.sources.values())).n_batches
 
     def __iter__(self) -> Iterator[dict[str, Float32[Tensor, "batch _"]]]:
+        self.load_state_dict(self.state_dict())  # an error may have left some a batch further
         for batches in zip(*self.sources.values(), strict=True):
             yield dict(zip(self.sources, batches, strict=True))
 
     def state_dict(self) -> dict[str, int]:
-        """The position, common to all."""
-        return next(iter(self.sources.values())).state_dict()
+        """The position of all: that of the last one, which moves on after all others have."""
+        return next(reversed(self.sources.values())).state_dict()
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go to a position; takes effect at the next `iter`."""
@@ -67,13 +68,24 @@ class StreamingSources:
     Rows are shuffled within windows of about `buffer_tokens` (whole token batches; rows that fill
     no batch are left out, under one batch per window) by a keyed permutation of (seed, window).
     To resume, the text before the current window is tokenised again, the window harvested again.
+
+    `is_stopped` is asked before every token batch, also before one that is only tokenised. If it
+    says yes, iterating ends before the next window, at whose start the position then is. Several
+    processes ask equally often; all must be told the same.
     """
 
-    def __init__(self, rows: Rows, batch_tokens: int, seed: int, buffer_tokens: int) -> None:
+    def __init__(
+        self,
+        rows: Rows,
+        batch_tokens: int,
+        seed: int,
+        buffer_tokens: int,
+        is_stopped: Callable[[], Any] = lambda: False,
+    ) -> None:
         if buffer_tokens < batch_tokens:
             raise UserError(f"a buffer of {buffer_tokens} tokens holds no batch of {batch_tokens}")
         self.rows, self.batch_tokens, self.seed = rows, batch_tokens, seed
-        self.buffer_tokens = buffer_tokens
+        self.buffer_tokens, self.is_stopped = buffer_tokens, is_stopped
         self.window = self.n_delivered_in_window = 0
         self.n_token_batches = 0  # consumed before the current window, over all passes
         self._held: Window | None = None
@@ -89,6 +101,8 @@ class StreamingSources:
         while True:
             if not self._holds_current():
                 self._held = self._fill(seen)
+            if self._held is None:
+                return
             window = self._held.rows
             n = len(next(iter(window.values())))
             order = KeyedPermutation(n, (self.seed, self.window))
@@ -108,22 +122,25 @@ class StreamingSources:
     def _token_batches(self, n_skipped: int) -> Iterator[TokenBatch]:
         while True:
             for batch in self.rows.token_batches():
+                if self.is_stopped():
+                    return
                 if n_skipped:
                     n_skipped -= 1
                 else:
                     yield batch
 
-    def _fill(self, seen: Iterator[Seen]) -> Window:
+    def _fill(self, seen: Iterator[Seen]) -> Window | None:
+        """The next window; None if nothing more comes before it is full."""
         parts: dict[str, list[Tensor]] = {name: [] for name in self.rows.hook_names}
-        n_rows = n_used = 0
-        while n_rows < self.buffer_tokens:
-            acts, tokens, _ = self.rows.keep(next(seen))
+        n_rows = 0
+        for n_used, (acts, tokens, _) in enumerate(map(self.rows.keep, seen), 1):
             for name, x in acts.items():
                 parts[name].append(x)
             n_rows += len(tokens)
-            n_used += 1
-        joined = {name: torch.cat(part) for name, part in parts.items()}
-        return Window(self.window, joined, n_used)
+            if n_rows >= self.buffer_tokens:
+                joined = {name: torch.cat(part) for name, part in parts.items()}
+                return Window(self.window, joined, n_used)
+        return None
 
     def state_dict(self) -> dict[str, int]:
         """The position: window, place in it, and the token batches before it."""

@@ -109,13 +109,20 @@ def ladder(
         if TRAINABLE[architecture].sparsity_is_chosen:
             _refuse_unless_l0_is_whole(architecture, l1_coeffs, target_l0)
     sparsities = [(c, None) for c in l1_coeffs] or [(None, t) for t in target_l0]
-    return [
+    specs = [
         SAESpec(architecture, ratio, l1_coeff, target, seed)
         for architecture in architectures
         for ratio in ratios
         for l1_coeff, target in sparsities
         for seed in seeds
     ]
+    names = [spec.name for spec in specs]
+    for name in (name for name in names if names.count(name) > 1):
+        raise UserError(
+            f"two SAEs would be called {name}; give each value once, and targets and coefficients "
+            "that differ in six digits"
+        )
+    return specs
 
 
 def places(specs: Sequence[SAESpec], hook_names: Sequence[str]) -> tuple[str, ...]:

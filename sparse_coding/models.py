@@ -81,19 +81,25 @@ class LanguageModel:
 
 
 def choose_device(device: str = "auto") -> torch.device:
-    """CUDA, then MPS, then CPU for "auto"; a named device must exist."""
+    """CUDA, then MPS, then CPU for "auto"; cpu, cuda, cuda:N or mps must exist."""
     if device == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    reason = _why_unusable(device)
+    if reason:
+        raise UserError(f"--device {device} cannot be used ({reason}); try auto, cuda, mps or cpu")
+    return torch.device(device)
+
+
+def _why_unusable(device: str) -> str:
+    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?|mps", device):  # torch knows meta, xla and others
+        return "it is none of cpu, cuda, cuda:0, cuda:1 ... and mps"
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"--device {device} cannot be used ({reason}); try auto, cuda, mps or cpu"
-        ) from None
-    return torch.device(device)
+        return str(error).splitlines()[0]
+    return ""
 
 
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:

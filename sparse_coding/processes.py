@@ -8,10 +8,9 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -19,14 +18,13 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
-from sparse_coding.errors import UserError
+from sparse_coding.errors import LostProcessError, UserError, discard_what_is_held
 
 PATIENCE = timedelta(hours=24)
 """Of a process that waits while the first one verifies, evaluates or saves; of one that died its
 neighbours learn at once."""
 
 Value = TypeVar("Value")
-ExceptHook = Callable[[type[BaseException], BaseException, TracebackType | None], Any]
 
 
 class Processes:
@@ -189,11 +187,11 @@ class _Shared(torch.autograd.Function):
 
 @contextmanager
 def lost_process_in_one_line() -> Iterator[None]:
-    """What torch says when another process is gone, as a `UserError`."""
+    """What torch says when another process is gone, as a `LostProcessError`."""
     try:
         yield
     except RuntimeError as error:
-        raise UserError(
+        raise LostProcessError(
             "another process of this run has ended, so this one does too; the last checkpoint is "
             f"good: start again with --resume ({_first_sentence(str(error))})"
         ) from None
@@ -239,7 +237,8 @@ def open_processes(device: str = "auto") -> Processes:
             # are still in it. (Of several machines each counts its own restarts.)
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
-    _let_one_process_speak(store, before)
+    sys.excepthook = before
+    discard_what_is_held()
     return Processes(rank, size)
 
 
@@ -251,41 +250,18 @@ def leave_to_first(processes: Processes) -> None:
 
 
 def _take_gpu(device: str) -> None:
-    number, n_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    n_gpus = torch.cuda.device_count()
     if ":" in device:
         raise UserError(
             f"--device {device} is not possible with several processes: each takes a GPU of its "
             "own; give cuda, and choose among GPUs by CUDA_VISIBLE_DEVICES"
         )
-    if number >= n_gpus:
+    if n_processes_here() > n_gpus:
         raise UserError(
             f"{n_processes_here()} processes were started and there are {n_gpus} GPUs here; give "
             f"torchrun --nproc-per-node={n_gpus}, or --device cpu"
         )
-    torch.cuda.set_device(number)
-
-
-def _let_one_process_speak(store: dist.Store, before: ExceptHook) -> None:
-    """Of several processes that fail together only the first one's line is shown.
-
-    All find the same fault in their arguments, or lose the same process, in the same moment.
-    """
-
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        sys.stderr = sys.__stderr__  # the others' is closed to everything else
-        is_said = issubclass(kind, UserError) and _add(store, "errors") > 1
-        if is_said:
-            sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
-        before(kind, error, trace)
-
-    sys.excepthook = hook
-
-
-def _add(store: dist.Store, key: str) -> int:
-    try:
-        return store.add(key, 1)
-    except RuntimeError:  # torchrun is gone too
-        return 1
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def refuse_unseen(path: "os.PathLike[str]", processes: Processes) -> None:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from sparse_coding.cache import SPARE_BYTES
 from sparse_coding.config import RunConfig
 from sparse_coding.errors import UserError
 from sparse_coding.evaluation import Firing
@@ -19,7 +20,7 @@ from sparse_coding.models import LanguageModel
 from sparse_coding.planning import Job, check_division, job_of, measure_rates
 from sparse_coding.processes import n_processes, n_processes_here
 from sparse_coding.runs import Run, check_disk, check_memory, run_folder
-from sparse_coding.storage import fingerprint, read_json, write_json
+from sparse_coding.storage import bytes_below, fingerprint, read_json, write_json
 from sparse_coding.text import Card, CardRow, Text, Tokenizer
 
 COLUMNS = {
@@ -196,7 +197,9 @@ def print_plan(cfg: RunConfig, specs: list[SAESpec]) -> None:
     n_here = n_processes_here() if job.lm.device.type == "cpu" else 1
     lm, gb = job.lm, "{:,.2f} GB".format
     dtype = str(lm.dtype).removeprefix("torch.")
-    disk = job.disk_bytes if cfg.plan else job.disk_bytes - job.cache_bytes  # may be there already
+    disk = job.disk_bytes - bytes_below(run_folder(cfg))  # a run is continued or replaced there
+    if cfg.cache:  # its activations may be there already, which only their settings tell
+        disk += SPARE_BYTES if cfg.plan else -job.cache_bytes
     lines = {
         "model": f"{lm.name} ({lm.n_layers} layers, {dtype} on {lm.device})",
         "hooks": ", ".join(f"{name} (d_in {lm.d_model})" for name in cfg.hook_name),

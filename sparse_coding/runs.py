@@ -1,6 +1,7 @@
 """A run's folder: created, replaced or continued, and complete in itself."""
 
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -12,7 +13,7 @@ from typing import Any
 import psutil
 import torch
 
-from sparse_coding.config import RunConfig, as_json, environment
+from sparse_coding.config import MAX_NAME_BYTES, RunConfig, as_json, environment
 from sparse_coding.errors import UserError
 from sparse_coding.processes import ALONE, Processes, job, refuse_unseen
 from sparse_coding.storage import (
@@ -211,11 +212,19 @@ def run_folder(cfg: RunConfig) -> Path:
 
 
 def default_name(cfg: RunConfig) -> str:
-    """Model, hooks, preset and seeds: what one changes most often gets a folder of its own."""
+    """Model, hooks, preset and seeds: what one changes most often gets a folder of its own.
+
+    What is too long for a folder's name is cut and ends in a fingerprint of the whole.
+    """
     lm = cfg.lm.rstrip("/").rsplit("/", 1)[-1].replace("@", "-")
     seeds = "".join(f"_s{seed}" for seed in cfg.seed)
     target = f"-to-{cfg.target_hook_name}" if cfg.target_hook_name else ""
-    return f"{lm}_{'+'.join(cfg.hook_name)}{target}_{cfg.preset}{seeds}"
+    name = f"{lm}_{'+'.join(cfg.hook_name)}{target}_{cfg.preset}{seeds}"
+    whole = os.fsencode(name)
+    if len(whole) <= MAX_NAME_BYTES:
+        return name
+    fingerprint = "_" + hashlib.sha256(whole).hexdigest()[:16]
+    return whole[: MAX_NAME_BYTES - len(fingerprint)].decode(errors="ignore") + fingerprint
 
 
 def run_settings(cfg: RunConfig, **resolved: Any) -> dict[str, Any]:

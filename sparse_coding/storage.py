@@ -52,6 +52,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def bytes_below(folder: Path) -> int:
+    """Of all files in a folder and in those below it; 0 if it is not there."""
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def remove_abandoned(folder: Path) -> None:
     """Delete what killed processes left half written anywhere below a folder that we lock."""
     ours, safetensors = (".*.tmp", ".*.old"), ".tmp*"  # which writes beside, then renames

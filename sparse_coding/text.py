@@ -438,6 +438,6 @@ def _batches(
         yield TokenBatch(tokens, document, valid_positions(tokens, special))
     if empty:
         raise UserError(
-            f"the text is shorter than one context of {context_length} tokens: give more text "
-            "or a smaller context_length"
+            f"the text, or its held-out part, is shorter than one context of {context_length} "
+            "tokens: give more text, a larger heldout_fraction or a smaller context_length"
         )

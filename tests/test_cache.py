@@ -21,6 +21,7 @@ from sparse_coding.cache import (
     check_space,
     open_cache,
 )
+from sparse_coding.cache_files import Place
 from sparse_coding.errors import UserError
 from sparse_coding.sources import TensorActivations
 from sparse_coding.storage import read_json, write_json
@@ -47,7 +48,8 @@ class Planted:
         for first in range(start, stop, step):
             rows = slice(first, min(first + step, stop))
             activations = {hook: x[rows] for hook, x in self.x.items()}
-            writer.append(activations, self.tokens[rows], self.documents[rows])
+            places = self.tokens[rows], self.documents[rows], Place(n_rows=first)
+            writer.append(activations, *places)
 
 
 def make_writer(root: Path, dtype: torch.dtype = torch.float32, shard_tokens: int = 20):
@@ -127,7 +129,7 @@ def anonymous_bytes() -> int:
 def test_reading_does_not_load_whole_shards_into_memory(tmp_path):
     with CacheWriter(tmp_path, {}, {"wide": 1024}, 2**15, torch.float32) as writer:
         zeros = torch.zeros(2**15, dtype=torch.int64)
-        writer.append({"wide": torch.ones(2**15, 1024)}, zeros, zeros)
+        writer.append({"wide": torch.ones(2**15, 1024)}, zeros, zeros, Place())
         cache = ActivationCache(writer.finish({}))
     before = anonymous_bytes()
     cache.rows("wide", np.array([5, 20_000]))

@@ -28,11 +28,14 @@ def test_every_preset_is_valid_and_knows_its_name(name):
         (["--preset", "huge"], "--preset huge is unknown; it must be one of: demo, offline"),
         (["--ratios", "0"], "--ratios 0 is not possible; it must be from 1 to 4,096"),
         (["--ratios", "2", "2"], "--ratios names a value twice"),
-        (["--context-length", "1"], "--context-length 1 is not possible; it must be 2 or more"),
+        (["--context-length", "1"], "--context-length 1 is not possible; it must be 3 or more"),
         (["--target-l0", "0"], "--target-l0 0.0 is not possible; it must be more than 0"),
         (["--heldout-fraction", "1"], "--heldout-fraction 1.0 is not possible"),
         (["--resume", "--overwrite"], "--resume and --overwrite contradict each other"),
         (["--ratios"], "--ratios needs at least one value"),
+        (["--name", ".."], "--name .. is not possible; it must be the name of one folder"),
+        (["--name", "x" * 201], "of at most 200 bytes"),
+        (["--no-cache", "--buffer-tokens", "99"], "--buffer-tokens 99 hold no batch of"),
     ],
 )
 def test_impossible_settings_are_refused_in_one_line(arguments, message):

@@ -22,7 +22,7 @@ from sparse_coding.errors import UserError
 from sparse_coding.ladder import SAESpec, shares
 from sparse_coding.models import LMSize
 from sparse_coding.planning import Job, check_division
-from sparse_coding.processes import ALONE
+from sparse_coding.processes import ALONE, open_processes
 from sparse_coding.runs import Run, run_settings
 from sparse_coding.sae import TRAINABLE
 
@@ -245,6 +245,74 @@ def test_of_several_processes_only_the_first_speaks(place):
     assert len(errors) == 1 and "1 cannot be given to 2 processes" in errors[0], done.stderr
     assert "exitcode  : 2" in done.stderr
     assert not (place / "outputs/runs/two").exists()
+
+
+FAILS = """
+import argparse, os, sys, time
+from sparse_coding.errors import UserError, report_user_errors_in_one_line
+report_user_errors_in_one_line()
+kind, who = sys.argv[1:]
+rank = int(os.environ["RANK"])
+if rank == 0:
+    time.sleep(60 if who == "others" else 1)  # torchrun ends it as soon as another has ended
+if kind == "line":
+    raise UserError(f"{rank} bytes are not enough of \\udcff")
+if kind == "traceback":
+    import an_absent_module
+argparse.ArgumentParser().parse_args(["an_absent_argument"])
+"""
+FAILS_LATER = """
+import sys
+from sparse_coding.errors import UserError, report_user_errors_in_one_line
+report_user_errors_in_one_line()
+from sparse_coding.processes import open_processes
+print("a warning", file=sys.stderr)
+processes = open_processes("cpu")
+print("another warning", file=sys.stderr, flush=True)
+processes.wait()
+if not processes.is_first:
+    raise UserError("rank 1 is at fault")
+processes.wait()
+"""
+
+
+def stderr_of(program: str, place: Path, n: int, *arguments: str) -> str:
+    (place / "program.py").write_text(program)
+    done = run_in(place, torchrun(n, "program.py", *arguments))
+    assert done.returncode != 0
+    return done.stderr
+
+
+@pytest.mark.parametrize("who", ["others", "all"])
+@pytest.mark.parametrize(
+    ("kind", "line"),
+    [
+        ("line", "bytes are not enough"),
+        ("traceback", "ModuleNotFoundError: No module named 'an_absent_module'"),
+        ("usage", "error: unrecognized arguments: an_absent_argument"),
+    ],
+)
+def test_what_ends_a_process_before_all_have_met_is_said_once(tmp_path, kind, line, who):
+    stderr = stderr_of(FAILS, tmp_path, 3, kind, who)
+    assert stderr.count(line) == 1, stderr
+    assert stderr.count("import an_absent_module") == (kind == "traceback")
+
+
+def test_what_ends_a_later_process_is_said_and_what_follows_from_it_is_not(tmp_path):
+    stderr = stderr_of(FAILS_LATER, tmp_path, 2)
+    errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert errors == ["error: rank 1 is at fault"], stderr
+    assert (stderr.count("a warning"), stderr.count("another warning")) == (1, 1)  # the first's
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_every_process_refuses_to_share_a_gpu(monkeypatch, rank):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": rank}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="2 processes were started and there are 1 GPUs here"):
+        open_processes("cuda")
 
 
 def run_of_job(output: Path, **changes) -> Run:

@@ -136,6 +136,25 @@ def test_a_run_stopped_in_harvest_training_and_evaluation_ends_bitwise_equal(fin
     assert logs[0] == logs[1]
 
 
+def test_a_stream_that_is_stopped_while_it_fills_a_window_ends_as_the_unbroken_one(place):
+    """The window takes longer to fill than all the steps that it gives."""
+    streamed = ("--no-cache", "--buffer-tokens", "6000", "--checkpoint-every", "1")
+    folders = [place / "outputs/runs" / name for name in ("filled", "unbroken")]
+    filled, unbroken = [(*streamed, "--name", folder.name) for folder in folders]
+    log, last_of_window = folders[0] / "metrics.jsonl", '"step": 90,'
+    said = signalled(
+        place, signal.SIGTERM, lambda: log.exists() and last_of_window in log.read_text(), *filled
+    )
+    at_once = r"at step 9[0-3] of 187; go on with --resume"
+    assert re.fullmatch(f"stopped by SIGTERM {at_once}", said)
+    for arguments in ((*filled, "--resume"), unbroken):
+        done = run(place, *arguments)
+        assert done.returncode == 0, done.stderr
+    for path in sorted(folders[1].glob("saes/*/sae_weights.safetensors")):
+        one, other = (load_file(p) for p in (path, folders[0] / path.relative_to(folders[1])))
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_two_hooks_stream_without_a_cache_and_share_one_pass(place):
     done = run(
         place, "--name", "stream", "--no-cache", "--hook-name", "blocks.0.hook_resid_post",
@@ -228,10 +247,15 @@ def test_crosscoders_are_trained_on_all_hooks_measured_saved_and_evaluated(place
         (["--n-tokens", "10"], "batch"),
         (["--preset", "none"], "--preset none is unknown"),
         (["--ratios", "0"], "--ratios 0 is not possible"),
+        (["--text", "short.jsonl", "--heldout-fraction", "0.005"], "or its held-out part"),
+        (["--target-l0", "6", "6.000004"], "two SAEs would be called l1_x01_l0-6_s0"),
+        (["--l1-coeffs", "1", "1.0"], "two SAEs would be called"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_leaves_no_run_folder(place, arguments, message):
     (place / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    short = (json.dumps({"text": f"the red cat {n}"}) + "\n" for n in range(198))
+    (place / "short.jsonl").write_text("".join(short))
     done = run(place, "--name", "bad", *arguments)
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

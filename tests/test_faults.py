@@ -183,12 +183,18 @@ class CountedRows(Rows):
         self.fault, self.shift, self.max_norms = fault, shift, {"hook": 9.0}
         self.lm, self.hook_names, self.n_valid, self.n_dropped = None, ("hook",), 0, 0
 
-    def __iter__(self):
+    def token_batches(self):
         for i in range(50):
             if self.fault is not None:
                 self.fault(i)
-            x = torch.randn(10, 6, generator=torch.Generator().manual_seed(i)) + self.shift
-            yield KeptRows({"hook": x}, torch.arange(10) + i, torch.full((10,), i))
+            yield i
+
+    def seen(self, batches):
+        return batches
+
+    def keep(self, i):
+        x = torch.randn(10, 6, generator=torch.Generator().manual_seed(i)) + self.shift
+        return KeptRows({"hook": x}, torch.arange(10) + i, torch.full((10,), i))
 
 
 @pytest.fixture
@@ -209,11 +215,11 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("name", ["hook/shard_00002", "tokens/shard_00004"])
+@pytest.mark.parametrize("name", ["hook/shard_00002", "tokens/shard_00004", "hook/statistics"])
 def test_a_damaged_shard_is_harvested_again_alone(tmp_path, shards_of_100, damage, name, capsys):
     folder = harvest_to_cache(CountedRows(), tmp_path, {}, 500, "float32").folder
     before = contents(folder)
-    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*shard*")}
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
     path = folder / f"{name}.safetensors"
     DAMAGES[damage](path)
     assert harvest_to_cache(CountedRows(), tmp_path, {}, 500, "float32").n_tokens == 500

@@ -23,6 +23,7 @@ from sparse_coding.harvest import (
 )
 from sparse_coding.hook_sources import AlignedSources, StreamingSources, take_sample
 from sparse_coding.models import load_lm
+from sparse_coding.storage import write_json
 from sparse_coding.text import TokenBatch
 
 EARLY, LATE = "blocks.0.hook_mlp_out", "blocks.1.hook_resid_post"
@@ -306,7 +307,34 @@ def test_a_harvest_that_stopped_with_every_row_written_is_finished(
         make_cache(lm, tmp_path / "broken", limits, 80)
     continued = make_cache(lm, tmp_path / "broken", limits, 80)
     unbroken = make_cache(lm, tmp_path / "unbroken", limits, 80)
-    assert content(continued.folder)[0] == content(unbroken.folder)[0]
+    assert content(continued.folder) == content(unbroken.folder)
+
+
+@pytest.mark.parametrize(
+    ("is_old", "n_run"), [(False, 2), (True, 4)]
+)  # rows 60 on: 2 of 4 batches
+def test_the_model_runs_on_no_batch_before_the_rows_that_are_missing(
+    lm, tmp_path, small_shards, monkeypatch, is_old, n_run
+):
+    monkeypatch.setattr(harvest, "NORM_SAMPLE_TOKENS", 40)
+    see, run = Rows.see, []
+    monkeypatch.setattr(Rows, "see", lambda rows, batch: run.append(1) or see(rows, batch))
+    folder = make_cache(lm, tmp_path, None).folder
+    before, path = content(folder), folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for shard in manifest["shards"] if is_old else []:
+        del shard["ends_at"]  # caches once did not say it
+    path.write_text(json.dumps(manifest))
+    path.with_name("tokens").joinpath("shard_00003.safetensors").unlink()
+    layout = {key: manifest[key] for key in ("hooks", "dtype", "shard_tokens", "n_tokens")}
+    for _ in ("mended", "gone on with"):
+        run.clear()
+        make_cache(lm, tmp_path, None)
+        assert (len(run), content(folder)[0]) == (n_run, before[0])
+        write_json(folder / "progress.json", layout | {"shards": manifest["shards"][:3]})
+        extra = json.loads(path.read_text())["extra"]
+        path.unlink()
+    assert extra == before[1]["extra"]
 
 
 def test_cached_hooks_as_one_source_deliver_the_same_tokens_of_every_hook(lm, tmp_path, limits):
@@ -418,8 +446,3 @@ def test_streamed_rows_are_float32_whatever_the_models_dtype(lm, tmp_path):
     half = load_lm(str(tmp_path), device="cpu", dtype="bfloat16")
     source = StreamingSources(make_rows(half), BATCH_TOKENS, 0, 20)
     assert {x.dtype for x in next(iter(source)).values()} == {torch.float32}
-
-
-def test_a_buffer_smaller_than_a_batch_is_refused(lm):
-    with pytest.raises(UserError, match="a buffer of 6 tokens holds no batch of 7"):
-        StreamingSources(make_rows(lm), 7, 0, 6)

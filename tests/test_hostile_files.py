@@ -10,6 +10,9 @@ import pytest
 import torch
 from fuzz_readers import HOOK, READERS, parts
 from pyarrow import parquet
+from test_cache import HOOKS
+from test_faults import CountedRows
+from test_faults import shards_of_100 as shards_of_100  # a fixture
 from test_fuzz import check_refusal, limits
 from tiny_models import TEXT, save_tiny_lm
 
@@ -20,6 +23,7 @@ from data_visualization.files import refuse
 from sparse_coding.checkpoint import load_run, save_checkpoint
 from sparse_coding.errors import MAX_CHARACTERS, UserError
 from sparse_coding.formats.tensors import read_tensors
+from sparse_coding.harvest import harvest_to_cache
 from sparse_coding.models import load_lm
 from sparse_coding.text_files import FileReader
 
@@ -170,6 +174,31 @@ def test_a_caches_manifest_of_another_kind_is_refused(key, value, tmp_path):
         key, value = "hooks", dict.fromkeys(manifest["hooks"], value)
     path.write_text(json.dumps(manifest | {key: value}))
     refused("cache", path.parent, "manifest.json")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"n_rows": -1}, {"n_rows": 2**70}, {"n_valid": "x"}, {"n_dropped": True}, {"more": 1},
+     {"max_norms": 2.5}, {"max_norms": {HOOK: 2.5}}, {"max_norms": dict.fromkeys(HOOKS, -1.0)},
+     {"n_token_batches": 3}],
+)  # fmt: skip
+def test_a_shard_that_ends_at_no_possible_place_is_refused(changes, tmp_path):
+    path = written("cache", tmp_path) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["shards"][1]["ends_at"] |= changes
+    path.write_text(json.dumps(manifest))
+    refused("cache", path.parent, "manifest.json has shards that end nowhere: delete the folder")
+
+
+@pytest.mark.parametrize("max_norms", [None, 3, {}, {"hook": "9"}, {"hook": -1.0}])
+def test_a_cache_without_its_norm_limits_is_refused(max_norms, tmp_path, shards_of_100):
+    folder = harvest_to_cache(CountedRows(), tmp_path, {}, 500, "float32").folder
+    path = folder / "manifest.json"
+    extra = {} if max_norms is None else {"max_norms": max_norms}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"extra": extra}))
+    line = f"{path} has not the norm limits of its hooks: delete the folder {folder} to harvest"
+    with pytest.raises(UserError, match=line):
+        harvest_to_cache(CountedRows(), tmp_path, {}, 500, "float32")
 
 
 def test_a_shard_of_another_shape_is_refused(tmp_path):

@@ -39,9 +39,9 @@ def test_a_plant_that_drifts_ends_at_the_target(n_steps, lag, drift):
     assert steered(n_steps, lag, drift)[-20:] == pytest.approx([1.0] * 20, abs=0.03)
 
 
-@pytest.mark.parametrize(("first", "expected"), [(10, 0.5), (20, 1), (40, 2), (80, math.e / 4)])
-def test_a_far_target_is_neared_gently(first, expected):
-    # The error's own factor, at most e, over the square of (first / (2 * target)) where above 1.
+@pytest.mark.parametrize(("first", "expected"), [(10, 0.5), (20, 1), (40, 1), (80, math.e / 4)])
+def test_it_begins_at_one_or_below(first, expected):
+    # The error's own factor, at most e, over first / target where that is above 1.
     controller = L0Controller(TARGET, 300, torch.device("cpu"))
     controller.integral_gain = 0.0
     controller.update(torch.tensor(float(first)))
@@ -74,7 +74,7 @@ def test_the_l0_of_the_committed_runs_is_within_what_the_readme_says():
         sorted(100 * (row[key] / row["target_l0"] - 1) for row in rows)
         for key in ("l0_train", "l0_heldout")
     )
-    assert sum(abs(x) <= 5 for x in trained) == len(trained) - 3
+    assert sum(abs(x) <= 5 for x in trained) == len(trained) - 4
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     assert f"end {-trained[0]:.1f} % under to {trained[-1]:.1f} % over 20, 40 and 80" in readme
     assert f"end {heldout[0]:.1f} to {heldout[-1]:.1f} % above the target" in readme

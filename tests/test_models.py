@@ -254,7 +254,7 @@ def test_a_folder_may_be_given_from_home(folders, monkeypatch):
     assert load("~/gpt2").identity["sha256"] == load(folders["gpt2"]).identity["sha256"]
 
 
-@pytest.mark.parametrize("device", ["banana", "cuda:99", "gpu"])
+@pytest.mark.parametrize("device", ["banana", "cuda:99", "gpu", "meta", "meta:0", "xla"])
 def test_a_device_that_is_not_there_is_refused(device):
     message = one_line(lambda: choose_device(device))
     assert message.startswith(f"--device {device} cannot be used") and "auto" in message

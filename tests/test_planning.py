@@ -1,12 +1,15 @@
 """The planner against what is really allocated, multiplied and written."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
+from sparse_coding import runs
+from sparse_coding.cache import SPARE_BYTES
 from sparse_coding.checkpoint import save_run
 from sparse_coding.config import PRESETS, RunConfig
 from sparse_coding.errors import UserError
@@ -15,6 +18,7 @@ from sparse_coding.ladder import SAESpec, ladder
 from sparse_coding.models import SHIPPED, load_lm, size_of
 from sparse_coding.planning import Job, Rates, job_of
 from sparse_coding.reporting import print_plan
+from sparse_coding.runs import run_folder
 from sparse_coding.training import Trainer, TrainingConfig
 
 HOOK = "blocks.1.hook_resid_post"
@@ -133,3 +137,24 @@ def test_the_plan_of_what_does_not_fit_is_shown_and_refused(cfg, capsys):
     assert (
         "39,200.00 GB of activations" in capsys.readouterr().out
     )  # printed before it was refused
+
+
+def test_a_run_that_goes_on_needs_no_room_for_what_it_has(cfg, monkeypatch):
+    """And a new harvest leaves some of the disk free, which the plan counts."""
+    streamed = dataclasses.replace(cfg, cache=False, keep_checkpoints=1)
+    needed = job(streamed).disk_bytes
+    written = run_folder(streamed) / "checkpoints" / "step-9" / "weights"
+    written.parent.mkdir(parents=True)
+    written.write_bytes(bytes(needed // 3))
+    usage = SimpleNamespace(free=needed - needed // 3)
+    monkeypatch.setattr(runs.shutil, "disk_usage", lambda _: usage)
+    print_plan(streamed, specs(streamed))
+    usage.free -= 1
+    with pytest.raises(UserError, match="GB of disk and"):
+        print_plan(streamed, specs(streamed))
+    usage.free += job(cfg).cache_bytes + SPARE_BYTES
+    planned = dataclasses.replace(cfg, plan=True, keep_checkpoints=1)
+    with pytest.raises(UserError, match="GB of disk and"):
+        print_plan(planned, specs(planned))
+    usage.free += 1
+    print_plan(planned, specs(planned))

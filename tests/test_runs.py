@@ -114,6 +114,31 @@ def test_default_names_differ_by_model_hook_preset_and_seed():
     assert "/" not in default_name(RunConfig(lm="EleutherAI/pythia-70m@random"))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": tuple(range(71))},
+        {"hook_name": tuple(f"blocks.{layer}.hook_resid_post" for layer in range(30))},
+        {"lm": "\N{GREEK SMALL LETTER MU}" * 99 + "/" + "\N{GREEK SMALL LETTER MU}" * 127},
+    ],
+)
+def test_a_long_default_name_is_cut_and_found_again(tmp_path, change):
+    cfg = RunConfig(output=tmp_path, **change)
+    close(open_run(cfg))
+    close(open_run(cfg, resume=True))
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name == default_name(cfg) and len(folder.name.encode()) <= 200
+    assert folder.name.startswith(f"{cfg.lm.rpartition('/')[2][:80]}")
+    other = dataclasses.replace(cfg, seed=(*cfg.seed, 99))  # the end is what is cut off
+    assert default_name(other) != default_name(cfg)
+
+
+def test_a_default_name_that_fits_is_whole():
+    seeds = "".join(f"_s{seed}" for seed in range(44))
+    name = default_name(RunConfig(seed=tuple(range(44)), lm="n"))
+    assert name == f"n_blocks.12.hook_resid_post_demo{seeds}" and 190 < len(name) <= 200
+
+
 def test_a_checkpoint_returns_bit_equal_and_only_the_newest_stay(tmp_path):
     tensors = {"a": torch.randn(3, 5).T, "b": torch.tensor(7)}
     for step in (1, 2, 3):

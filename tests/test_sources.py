@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from sparse_coding.errors import UserError
+from sparse_coding.hook_sources import AlignedSources
 from sparse_coding.sources import ActivationSource, KeyedPermutation, TensorActivations, ahead
 
 
@@ -122,6 +123,38 @@ def test_iterating_again_goes_on_where_the_last_loop_stopped():
     source = TensorActivations(numbered_rows(50), 7, seed=1)
     pieces = [delivered_rows(source, n_batches) for n_batches in (3, 5, 2)]
     assert np.array_equal(np.concatenate(pieces), unbroken)
+
+
+class BreaksOnce(TensorActivations):
+    """Cannot be read at batch 4, the first time."""
+
+    is_broken = True
+
+    def load(self, numbers):
+        for number, batch in zip(numbers, super().load(numbers), strict=False):
+            if number == 4 and self.is_broken:
+                self.is_broken = False
+                raise UserError("the shard cannot be read")
+            yield batch
+
+
+@pytest.mark.parametrize("is_saved", [True, False])
+def test_an_error_in_one_of_several_sources_moves_none_of_them(is_saved):
+    unbroken = delivered_rows(TensorActivations(numbered_rows(50), 7, seed=1, n_epochs=1), 7)
+    sources = {
+        name: kind(numbered_rows(50), 7, seed=1, n_epochs=1)
+        for name, kind in (("a", TensorActivations), ("b", BreaksOnce), ("c", TensorActivations))
+    }
+    source, found = AlignedSources(sources), []
+    with pytest.raises(UserError, match="cannot be read"):
+        found.extend(source)
+    assert len(found) == source.state_dict()["n_delivered"] == 4
+    if is_saved:
+        source.load_state_dict(source.state_dict())
+    found.extend(source)
+    for name in sources:
+        rows = torch.cat([batch[name] for batch in found])[:, 0].long().numpy()
+        assert np.array_equal(rows, unbroken)
 
 
 @pytest.mark.parametrize(("n_rows", "batch_tokens"), [(51, 7), (50, 8)])

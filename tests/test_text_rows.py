@@ -88,8 +88,40 @@ class Stream(Rows):
         return KeptRows({"hook": x}, torch.arange(10), torch.full((10,), i))
 
 
-def streamed(stream: Stream) -> StreamingSources:
-    return StreamingSources(stream, batch_tokens=16, seed=1, buffer_tokens=100)
+def streamed(stream: Stream, **settings) -> StreamingSources:
+    return StreamingSources(stream, batch_tokens=16, seed=1, buffer_tokens=100, **settings)
+
+
+def test_a_buffer_smaller_than_a_batch_is_refused():
+    with pytest.raises(UserError, match="a buffer of 6 tokens holds no batch of 7"):
+        StreamingSources(Stream(), 7, 0, 6)
+
+
+@pytest.mark.parametrize("n_asked", [1, 10, 11, 17, 75])
+def test_a_stream_that_is_stopped_ends_at_the_start_of_a_window_and_is_gone_on_with(n_asked):
+    unbroken = [batch["hook"] for batch in itertools.islice(streamed(Stream()), 80)]
+    stream, n_kept, asked = Stream(), [], itertools.count(1)
+    keep = stream.keep
+    stream.keep = lambda i: n_kept.append(i) or keep(i)
+    source = streamed(stream, is_stopped=lambda: next(asked) >= n_asked)
+    found = [batch["hook"] for batch in source]
+    n_windows = (n_asked - 1) // 10  # of ten token batches, six batches of 16 rows each
+    assert (len(found), len(n_kept), next(asked)) == (6 * n_windows, n_asked - 1, n_asked + 1)
+    resumed = streamed(Stream())
+    resumed.load_state_dict(source.state_dict())
+    found += [batch["hook"] for batch in itertools.islice(resumed, 80 - len(found))]
+    assert all(torch.equal(one, other) for one, other in zip(found, unbroken, strict=True))
+
+
+def test_a_resumed_stream_can_be_stopped_while_it_reads_what_it_knows():
+    source, asked = streamed(Stream()), itertools.count(1)
+    next(itertools.islice(source, 29, None))  # the last batch of the fifth window
+    state, stream = source.state_dict(), Stream()
+    stream.keep = lambda i: pytest.fail("the model ran")
+    resumed = streamed(stream, is_stopped=lambda: next(asked) == 7)
+    resumed.load_state_dict(state)
+    assert list(resumed) == []
+    assert resumed.state_dict() == state
 
 
 def test_a_stream_that_breaks_off_is_saved_where_it_stood_and_gone_on_with(tmp_path):
