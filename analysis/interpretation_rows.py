@@ -267,7 +267,7 @@ def example_rows(tools: Tools, family: Family, found: Found) -> Iterator[Row]:
             "decile": decile + 1 if decile >= 0 else None,
             "text": context.marked,
             "tokens": list(context.pieces),
-            "activations": [round(float(value), 4) for value in context.activations],
+            "activations": [float(f"{value:.4g}") for value in context.activations],
             "centre": context.centre,
         }
 

@@ -139,6 +139,12 @@ def test_the_plan_of_what_does_not_fit_is_shown_and_refused(cfg, capsys):
     )  # printed before it was refused
 
 
+@pytest.mark.parametrize("values", [((), (6.0, 6.000004)), ((1.0, 1.0), ())])
+def test_saes_that_would_have_one_name_are_refused(values):
+    with pytest.raises(UserError, match="two SAEs would be called l1_x01_"):
+        ladder(("l1",), (1,), *values, (0,))
+
+
 def test_a_run_that_goes_on_needs_no_room_for_what_it_has(cfg, monkeypatch):
     """And a new harvest leaves some of the disk free, which the plan counts."""
     streamed = dataclasses.replace(cfg, cache=False, keep_checkpoints=1)
