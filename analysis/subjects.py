@@ -111,7 +111,9 @@ def _load(source: str, path: Path, cfg: MeasureConfig) -> Subject:
     dictionary = load_dictionary(path, choose_device(cfg.device)).float().requires_grad_(False)
     run = _run_folder(path)
     said: dict[str, Any] = {}
-    for what in (training_facts(path), _said_by_release(source), _said_by_run(run)):
+    released = _said_by_release(source)
+    named = {"lm": released.get("lm")}  # as the hub has it; a file, as its library calls it
+    for what in (released, training_facts(path), named, _said_by_run(run)):
         said |= {key: value for key, value in what.items() if value is not None}
     keys = Origin.__dataclass_fields__
     given = {key: getattr(cfg, key) for key in keys if getattr(cfg, key, None)}

@@ -209,7 +209,7 @@ def validate(cfg: RunConfig) -> RunConfig:
             f"{cfg.batch_tokens}; use a larger buffer or a smaller batch"
         )
     is_a_name = Path(cfg.name).name == cfg.name != ".."
-    if not is_a_name or len(cfg.name.encode()) > MAX_NAME_BYTES:
+    if not is_a_name or len(os.fsencode(cfg.name)) > MAX_NAME_BYTES:
         raise UserError(
             f"--name {cfg.name} is not possible; it must be the name of one folder, of at most "
             f"{MAX_NAME_BYTES} bytes"

@@ -35,6 +35,7 @@ def test_every_preset_is_valid_and_knows_its_name(name):
         (["--ratios"], "--ratios needs at least one value"),
         (["--name", ".."], "--name .. is not possible; it must be the name of one folder"),
         (["--name", "x" * 201], "of at most 200 bytes"),
+        (["--name", "\udcff" * 201], "of at most 200 bytes"),  # of a terminal that is not UTF-8
         (["--no-cache", "--buffer-tokens", "99"], "--buffer-tokens 99 hold no batch of"),
     ],
 )

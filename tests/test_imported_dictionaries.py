@@ -146,10 +146,13 @@ def test_a_dictionary_of_an_older_saelens_asks_for_bos_and_for_a_centred_model(t
 def test_the_model_that_a_release_names_goes_before_its_files(here, monkeypatch):
     """They have short names that only their library looks up."""
     known = {"theirs": SimpleNamespace(model="the/one", architecture="L1", dictionaries=())}
+    said = {"lm": "lm", "hook_name": HOOK, "architecture": "l1"}
+    monkeypatch.setattr(subjects, "training_facts", lambda _: said)
     monkeypatch.setattr(subjects, "releases", lambda: known)
     monkeypatch.setattr(subjects, "fetched", lambda _: Path(here["dictionary_learning"]))
     (found,) = load_subjects(["theirs/a"], MeasureConfig(device="cpu"))
     assert (found.origin.lm, found.origin.hook_name) == ("the/one", HOOK)
+    assert found.facts["architecture"] == "l1"
 
 
 @pytest.mark.parametrize(
