@@ -41,7 +41,7 @@ from sparse_coding.ladder import SAESpec, ladder
 from sparse_coding.models import EMBEDDED, LMSize, load_lm, size_of_config
 from sparse_coding.planning import Job, Rates, job_of, measure_rates
 from sparse_coding.settings import Count, OutputFile, read_settings
-from sparse_coding.storage import atomic_path, write_json
+from sparse_coding.storage import atomic_path, bytes_below, write_json
 from sparse_coding.text import contexts, load_text
 
 Row = dict[str, Any]
@@ -190,18 +190,14 @@ def run_rows() -> Iterator[Row]:
             row = {
                 "what": "run", "name": name, "memory_gb": peak / 1e9,
                 "checkpoint_gb": checkpoint.stat().st_size / 1e9,
-                "cache_gb": _folder_gb(Path(folder) / "cache"),
-                "saes_gb": _folder_gb(next(Path(folder).glob("runs/*/saes"))),
+                "cache_gb": bytes_below(Path(folder) / "cache") / 1e9,
+                "saes_gb": bytes_below(next(Path(folder).glob("runs/*/saes"))) / 1e9,
             }  # fmt: skip
         yield row | {
             "foretold_memory_gb": job.memory_bytes / 1e9,
             "foretold_checkpoint_gb": job.checkpoint_bytes / (job.keep_checkpoints + 1) / 1e9,
             "foretold_cache_gb": job.cache_bytes / 1e9, "foretold_saes_gb": job.sae_bytes / 1e9,
         }  # fmt: skip
-
-
-def _folder_gb(folder: Path) -> float:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e9
 
 
 def _job(cfg: RunConfig) -> Job:

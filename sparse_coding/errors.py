@@ -59,14 +59,14 @@ def report_user_errors_in_one_line() -> None:
     once on every machine, by the process that meets it first."""
     terminal = sys.stderr
     if int(os.environ.get("RANK", "0")) > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+        sys.stdout = _nowhere()
         sys.stderr = held = _Held()
         atexit.register(_say_what_is_held, held, terminal)
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         sys.stderr = terminal
         if _is_said(error):
-            sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+            sys.stderr = _nowhere()
             time.sleep(SECONDS_TO_SAY_IT)
         is_disk = isinstance(error, OSError) and error.errno in DISK_ERRORS
         if issubclass(kind, UserError) or is_disk:
@@ -81,6 +81,10 @@ def report_user_errors_in_one_line() -> None:
     sys.excepthook = hook
 
 
+def _nowhere() -> TextIO:
+    return open(os.devnull, "w")  # until the process ends
+
+
 class _Held(io.StringIO):
     """The stderr of a process that is not heard. A parser that refuses the arguments writes there
     and exits, which is no exception that a hook sees."""
@@ -89,7 +93,7 @@ class _Held(io.StringIO):
 def discard_what_is_held() -> None:
     """From here on all processes end together, and the first one says of what."""
     if isinstance(sys.stderr, _Held):
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+        sys.stderr = _nowhere()
 
 
 def _say_what_is_held(held: _Held, terminal: TextIO) -> None:

@@ -324,9 +324,10 @@ def _checked_cache(rows: Rows, folder: Path, settings: dict[str, Any]) -> Activa
     processes = rows.processes
     with processes.first_before_others():
         refuse_unseen(folder, processes)
-        rows.max_norms = _written_limits(folder, rows.hook_names)
+        alone = rows.alone()
+        alone.max_norms = rows.max_norms = _written_limits(folder, rows.hook_names)
         if processes.is_first:
-            _mend(rows.alone(), folder, settings)
+            _mend(alone, folder, settings)
     cache = ActivationCache(folder, settings)
     print(f"activations: {cache.n_tokens:,} tokens are cached in {cache.folder}")
     return cache
@@ -340,7 +341,6 @@ def _written_limits(folder: Path, hook_names: Sequence[str]) -> dict[str, float]
 
 
 def _mend(rows: Rows, folder: Path, settings: dict[str, Any]) -> None:
-    rows.max_norms = _written_limits(folder, rows.hook_names)
     shards, hook_names = damaged_shards(folder), damaged_statistics(folder)
     if not shards and not hook_names:
         return

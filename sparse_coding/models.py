@@ -151,7 +151,8 @@ def load_lm(
         if suffix == CENTRED:
             _centre(model)
     model.eval().requires_grad_(False)
-    identity = {"lm": base, "dtype": str(number_format).removeprefix("torch.")}
+    known_as = base if Path(source).is_dir() else source
+    identity = {"lm": known_as, "dtype": str(number_format).removeprefix("torch.")}
     identity |= _files_identity(Path(source), model, revision)
     if randomisation:
         identity |= {"randomisation": randomisation, "randomisation_seed": seed}
@@ -234,17 +235,7 @@ def _parts(name: str) -> tuple[str, str, str | None]:
     """Folder or hub id, what follows its @, and that again if it is a revision."""
     base, _, suffix = name.partition("@")
     is_ours = suffix in ("", CENTRED, *RANDOMISATIONS)
-    return _hub_id(base), suffix, None if is_ours else suffix
-
-
-def _hub_id(base: str) -> str:
-    """What TransformerLens calls gpt2-small or pythia-70m, by its name on the hub."""
-    if base == EMBEDDED or base in SHIPPED_NAMES or Path(base).expanduser().is_dir():
-        return base
-    try:
-        return get_official_model_name(base)
-    except ValueError:
-        return base
+    return base, suffix, None if is_ours else suffix
 
 
 def _centre(model: TransformerBridge) -> None:
@@ -259,7 +250,7 @@ def _centre(model: TransformerBridge) -> None:
 
 
 def _source(base: str, name: str) -> str:
-    """The folder or hub id to load from."""
+    """The folder or hub id to load from; TransformerLens's short names are looked up."""
     if base == EMBEDDED:
         return str(_embedded_folder())
     if base in SHIPPED_NAMES:
@@ -269,6 +260,8 @@ def _source(base: str, name: str) -> str:
         return str(folder)
     if base.count("/") > 1 or base.startswith((".", "/", "~")):
         raise UserError(f"--lm {name}: there is no such folder")
+    with contextlib.suppress(ValueError):  # a name that it does not know
+        return get_official_model_name(base)
     return base
 
 

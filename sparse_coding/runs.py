@@ -1,7 +1,6 @@
 """A run's folder: created, replaced or continued, and complete in itself."""
 
 import fcntl
-import hashlib
 import json
 import math
 import os
@@ -19,6 +18,7 @@ from sparse_coding.processes import ALONE, Processes, job, refuse_unseen
 from sparse_coding.storage import (
     atomic_path,
     disk_errors_in_one_line,
+    fingerprint,
     make_folder,
     read_object,
     remove_abandoned,
@@ -223,8 +223,8 @@ def default_name(cfg: RunConfig) -> str:
     whole = os.fsencode(name)
     if len(whole) <= MAX_NAME_BYTES:
         return name
-    fingerprint = "_" + hashlib.sha256(whole).hexdigest()[:16]
-    return whole[: MAX_NAME_BYTES - len(fingerprint)].decode(errors="ignore") + fingerprint
+    ending = f"_{fingerprint(whole.hex())}"
+    return whole[: MAX_NAME_BYTES - len(ending)].decode(errors="ignore") + ending
 
 
 def run_settings(cfg: RunConfig, **resolved: Any) -> dict[str, Any]:

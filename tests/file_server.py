@@ -34,6 +34,7 @@ class Site:
     """By path: after how many bytes of the body the next answers break off."""
     status: dict[str, list[int]] = field(default_factory=dict)
     """By path: the status of the next answers instead of the file."""
+    knows_head: bool = False
     knows_ranges: bool = True
     has_etag: bool = True
     minds_if_range: bool = True
@@ -94,6 +95,12 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("content-length", 0))).decode()
         self._answer("POST", parse_qs(body))
 
+    def do_HEAD(self) -> None:  # noqa: N802
+        if self.site.knows_head:
+            self._answer("HEAD", {})
+        else:
+            self.send_error(501)
+
     def do_GET(self) -> None:  # noqa: N802
         self._answer("GET", {})
 
@@ -141,7 +148,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         cuts = self.site.cut.get(path, [])
-        self.wfile.write(body[: cuts.pop(0)] if cuts else body)
+        if self.command != "HEAD":
+            self.wfile.write(body[: cuts.pop(0)] if cuts else body)
 
 
 @contextmanager

@@ -103,11 +103,10 @@ def test_a_busy_server_is_asked_again(site, tmp_path):
     assert (tmp_path / "w.bin").read_bytes() == CONTENT
 
 
-def test_a_size_is_what_is_published_or_what_the_server_states(site, monkeypatch):
+def test_a_size_is_what_is_published_or_what_the_server_states(site):
     url = site.url + PATH
     assert download.stated_size(Remote(url)) is None  # this server knows no HEAD
-    head = lambda handler: handler._answer("HEAD", {})  # noqa: E731
-    monkeypatch.setattr(file_server.Handler, "do_HEAD", head, raising=False)
+    site.knows_head = True
     assert download.stated_size(Remote(url)) == len(CONTENT)
     assert download.stated_size(Remote(url, 7)) == 7
     assert download.stated_size(Remote(f"{site.url}/gone")) is None
