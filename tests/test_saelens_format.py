@@ -110,6 +110,17 @@ def test_saelens_keeps_our_metadata_and_does_not_claim_the_training(sae, tmp_pat
     assert kept["sae_lens_training_version"] is None
 
 
+def test_a_centred_model_is_named_by_transformer_lenss_option(tmp_path):
+    """No other library looks up our MODEL@centred."""
+    said = {"model_name": "gpt2@centred", module.OF_MODEL: {"fold_ln": False}}
+    sae = L1SAE(5, 7, torch.Generator())
+    folder = save_saelens(sae, tmp_path / "sae", metadata=METADATA | said)
+    metadata = json.loads((folder / "cfg.json").read_text())["metadata"]
+    assert metadata["model_name"] == "gpt2"
+    assert metadata[module.OF_MODEL] == {"fold_ln": False, "center_writing_weights": True}
+    assert module.training_facts(folder)["lm"] == "gpt2@centred"
+
+
 def test_our_configuration_has_the_keys_that_saelens_writes(sae, tmp_path):
     ours = json.loads((save_saelens(sae, tmp_path / "a", metadata={}) / "cfg.json").read_text())
     goldens = {"standard": "bfloat16", "topk": "topk_rescaled", "jumprelu": "batchtopk"}

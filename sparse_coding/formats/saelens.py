@@ -50,6 +50,8 @@ from sparse_coding.storage import read_json, read_object, whole_folder, write_js
 CONFIG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
 recognises = partial(holds_files, names=(CONFIG, WEIGHTS))
 OURS = "sparse_coding"  # metadata key under which our own facts travel
+CENTRED = "@centred"  # in our name of a model; they say it with an option of TransformerLens
+OF_MODEL = "model_from_pretrained_kwargs"
 VERSION = "6.54.12"  # the SAELens whose layout is written; without it theirs assumes one before 6
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "float16", "bfloat16")}
 
@@ -189,9 +191,9 @@ def training_facts(folder: Path) -> dict[str, Any]:
     said = {"prepend_bos": True} if _is_before_6(config) else {}
     said |= config | (metadata if isinstance(metadata, dict) else {})
     hook_name = said.get("hook_name", said.get("hook_point"))  # before 3 it was a point
-    lm, options = said.get("model_name"), said.get("model_from_pretrained_kwargs")
+    lm, options = said.get("model_name"), said.get(OF_MODEL)
     if isinstance(lm, str) and isinstance(options, dict) and options.get("center_writing_weights"):
-        lm += "@centred"
+        lm += CENTRED
     return said | {
         "lm": lm,
         "hook_name": hook_name,
@@ -234,7 +236,7 @@ def _config(sae: SAE, metadata: dict[str, Any]) -> dict[str, Any]:
         "apply_b_dec_to_input": sae.subtracts_b_dec,
         "normalize_activations": "none",
         "reshape_activations": "none",
-        "metadata": metadata
+        "metadata": _in_words_of_saelens(metadata)
         | {
             "sae_lens_version": VERSION,
             "sae_lens_training_version": None,  # or SAELens names itself as the trainer
@@ -242,6 +244,15 @@ def _config(sae: SAE, metadata: dict[str, Any]) -> dict[str, Any]:
             OURS: {"class": sae.name, **sae.settings},
         },
     }
+
+
+def _in_words_of_saelens(metadata: dict[str, Any]) -> dict[str, Any]:
+    """`metadata` with a centred model named as `training_facts` reads it."""
+    lm = str(metadata.get("model_name"))
+    if not lm.endswith(CENTRED):
+        return metadata
+    options = (metadata.get(OF_MODEL) or {}) | {"center_writing_weights": True}
+    return metadata | {"model_name": lm.removesuffix(CENTRED), OF_MODEL: options}
 
 
 def _read_config(path: Path) -> dict[str, Any]:
