@@ -12,11 +12,6 @@
 #     python easy_training_base.py --help                             # every setting
 
 # %%
-import os
-
-# Before torch is imported: threads that wait by spinning slow a shared machine down many times.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 from sparse_coding.config import hooks_of, read_config
 from sparse_coding.errors import report_user_errors_in_one_line
 

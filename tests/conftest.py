@@ -1,4 +1,4 @@
-"""Settings for all tests: no network, threads that do not wait by spinning; a finished run."""
+"""Settings for all tests: no network; a finished run."""
 
 import os
 
@@ -7,7 +7,6 @@ from tiny_runs import command, run_in, save_place
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning slows a shared machine many times
 
 # Minutes each. Begun first, so that no worker is left with one of them when the others are done.
 LONGEST = (

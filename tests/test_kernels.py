@@ -1,11 +1,15 @@
 """The fast CPU step against autograd, its screen against brute force, and what must not matter."""
 
 import copy
+import os
+import subprocess
+import sys
 
 import numba
 import numpy as np
 import pytest
 import torch
+from build_notebook import ROOT
 
 from sparse_coding.errors import UserError
 from sparse_coding.kernels import FAST_CLASSES, Step, cpu, cpu_screen, make_adam, make_step
@@ -306,3 +310,23 @@ def test_without_numba_auto_warns_and_takes_the_reference(monkeypatch):
     sae = ARCHITECTURES["l1"](12, 20)
     with pytest.warns(UserWarning, match="numba"):
         assert isinstance(make_step(sae, make_adam(sae, 1e-3)), ReferenceStep)
+
+
+@pytest.mark.parametrize("package", ["sparse_coding", "analysis", "benchmarks", "pretrained"])
+def test_threads_are_told_not_to_spin_before_torch_reads_that(package):
+    """But for who says otherwise."""
+    told = "print('torch' in sys.modules, os.environ['OMP_WAIT_POLICY'])"
+    command = [sys.executable, "-c", f"import {package}, os, sys; {told}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for given, expected in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
+        environment.pop("OMP_WAIT_POLICY", None)
+        environment |= {"OMP_WAIT_POLICY": given} if given else {}
+        said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert said.stdout.split() == ["False", expected]
+
+
+def test_the_entry_imports_us_before_torch():
+    source = (ROOT / "easy_training_base.py").read_text(encoding="utf-8")
+    assert (
+        source.index("from sparse_coding") == min(map(source.index, ("\nfrom ", "\nimport "))) + 1
+    )

@@ -196,7 +196,7 @@ def test_the_table_of_known_features_is_the_programs():
             ends = (row[f"recovered_90{end}"] for end in ("", "_low", "_high"))
             value, low, high = (f"{100 * min(max(end, 0), 1):.0f}" for end in ends)
             expected[row["architecture"], row["setting"]] = f"{value} [{low}, {high}]"
-    assert len(expected) == 13 * 5
+    assert len(expected) == 14 * 5
     assert found == expected
 
 

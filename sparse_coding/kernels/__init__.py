@@ -5,7 +5,6 @@ the same statistics; which one ran changes nothing but the time it took.
 """
 
 import importlib.util
-import os
 import warnings
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -110,9 +109,6 @@ def make_step(sae: SAE, optimizer: torch.optim.Adam, kind: str = "auto") -> Step
 
         is_fast = gpu.supports_gpu(sae) and gpu.agrees_with_reference(device)
         return (gpu.GPUStep if is_fast else ReferenceStep)(sae, optimizer)
-    # Read when numba's pool starts: threads that spin between its loops take the cores from
-    # torch's threads, and from everybody else's.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from sparse_coding.kernels import cpu
 
     return (cpu.CPUStep if cpu.supports(sae) else ReferenceStep)(sae, optimizer)
