@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import re
+import select
 import sys
 import time
 from pathlib import Path
@@ -16,6 +17,8 @@ MAX_CHARACTERS = 4000
 BAD_INPUT = 2
 """The exit status of programs whose arguments or files are wrong, as argparse has it."""
 INTERRUPTED = 130
+UNREAD = 141
+"""Whoever read the output has gone, as after `| head`: what a shell says of SIGPIPE."""
 SECONDS_TO_SAY_IT = 5.0
 """That a process leaves to the one that says what ended both; torchrun then ends it."""
 DISK_ERRORS = {
@@ -54,10 +57,12 @@ class LostProcessError(UserError):
 
 def report_user_errors_in_one_line() -> None:
     """Print an uncaught `UserError` as `error: ...` without a traceback; exit status 2, as of
-    arguments that no parser takes. So does a full disk; Control-C is a line and status 130.
+    arguments that no parser takes. So does a full disk; Control-C is a line and status 130; output
+    that nobody reads any more is status 141 and no line.
     Of several processes (torchrun) only the first is heard, but an error of any of them is said:
     once on every machine, by the process that meets it first."""
     terminal = sys.stderr
+    atexit.register(_is_unread)  # before Python flushes, and complains
     if int(os.environ.get("RANK", "0")) > 0:
         sys.stdout = _nowhere()
         sys.stderr = held = _Held()
@@ -76,9 +81,25 @@ def report_user_errors_in_one_line() -> None:
         if issubclass(kind, KeyboardInterrupt):
             print("stopped by SIGINT", file=sys.stderr)
             sys.exit(INTERRUPTED)
+        if issubclass(kind, BrokenPipeError) and _is_unread():
+            sys.exit(UNREAD)
         sys.__excepthook__(kind, error, trace)
 
     sys.excepthook = hook
+
+
+def _is_unread() -> bool:
+    """Whether nobody reads our output any more; what is left of it then goes nowhere."""
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout, 0)  # errors alone: with a reader there is nothing to say
+        is_unread = bool(poll.poll(0))
+    except (TypeError, OSError, ValueError):  # closed, or no file
+        return False
+    if is_unread:
+        with _nowhere() as file:
+            os.dup2(file.fileno(), sys.stdout.fileno())
+    return is_unread
 
 
 def _nowhere() -> TextIO:

@@ -2,8 +2,7 @@
 
 The flags are read from the programs themselves, so that a new one without a row here fails. A
 number's bad values follow from its type; of a text or a path, BAD names one, and what is said of
-it. Programs run in this process: each would take seconds to start. A few real ones are in
-`test_a_process_ends_with_one_line_and_status_2`.
+it. Programs run in this process, for each would take seconds to start.
 """
 
 import dataclasses

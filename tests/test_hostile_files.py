@@ -8,6 +8,7 @@ import sys
 import pyarrow
 import pytest
 import torch
+from build_notebook import ROOT
 from fuzz_readers import HOOK, READERS, parts
 from pyarrow import parquet
 from test_cache import HOOKS
@@ -21,7 +22,7 @@ from analysis.subjects import load_subjects
 from data_visualization import report, style
 from data_visualization.files import refuse
 from sparse_coding.checkpoint import load_run, save_checkpoint
-from sparse_coding.errors import MAX_CHARACTERS, UserError
+from sparse_coding.errors import MAX_CHARACTERS, UNREAD, UserError
 from sparse_coding.formats.tensors import read_tensors
 from sparse_coding.harvest import harvest_to_cache
 from sparse_coding.models import load_lm
@@ -53,6 +54,22 @@ def test_an_error_is_one_line_that_no_terminal_acts_upon():
     assert line.startswith(r"a b \x1b[2J \ud800 éxxx")
     assert len(line) < MAX_CHARACTERS + 100
     line.encode()
+
+
+@pytest.mark.parametrize("n_lines", [1, 100_000])
+def test_a_program_whose_reader_has_gone_ends_without_a_word(n_lines):
+    """As `--help | head`: what is written next, or at the end, goes nowhere."""
+    program = "from sparse_coding.errors import report_user_errors_in_one_line as report; report()"
+    program += f"; import sys; sys.stdin.read(); [print(i) for i in range({n_lines})]"
+    command = [sys.executable, "-c", program]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment.pop("PYTHONUNBUFFERED", None)  # one line stays in the buffer to the end
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        process.stdout.close()
+        process.stdin.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == (0 if n_lines == 1 else UNREAD)
 
 
 def test_a_figures_program_spells_out_what_a_terminal_would_act_upon(capsys):
