@@ -4,10 +4,12 @@
 given. Nothing here knows what is exchanged.
 """
 
+import atexit
 import os
 import re
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -23,6 +25,9 @@ from sparse_coding.errors import LostProcessError, UserError, discard_what_is_he
 PATIENCE = timedelta(hours=24)
 """Of a process that waits while the first one verifies, evaluates or saves; of one that died its
 neighbours learn at once."""
+
+SECONDS_TO_PART = 0.5
+"""In which a process that ends leaves Python's lock to its threads."""
 
 Value = TypeVar("Value")
 
@@ -238,6 +243,8 @@ def open_processes(device: str = "auto") -> Processes:
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     sys.excepthook = before
+    if not is_cuda:  # after an error NCCL might wait for whoever has gone
+        atexit.register(_part)
     discard_what_is_held()
     return Processes(rank, size)
 
@@ -245,8 +252,18 @@ def open_processes(device: str = "auto") -> Processes:
 def leave_to_first(processes: Processes) -> None:
     """End the others here: the first goes on alone. Nothing can be exchanged after it."""
     processes.wait()
+    _part()
     if not processes.is_first:
         sys.exit()
+
+
+def _part() -> None:
+    """Let gloo's threads put down the last tensors, for which they need Python's lock: one that
+    still waits for it when Python ends aborts the process, and torchrun then ends all others
+    (github.com/pytorch/pytorch/pull/179291)."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        time.sleep(SECONDS_TO_PART)
 
 
 def _take_gpu(device: str) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from sparse_coding.config import RunConfig
 from sparse_coding.distributed import make_trainer, share_of_batches
 from sparse_coding.ladder import ladder
-from sparse_coding.processes import Processes, open_processes
+from sparse_coding.processes import Processes, leave_to_first, open_processes
 from sparse_coding.sae import ARCHITECTURES, CROSSCODERS
 from sparse_coding.sources import TensorActivations
 from sparse_coding.training import Trainer, TrainingConfig
@@ -142,7 +142,7 @@ def main(folder: Path, first: int, last: int) -> None:
             save_file(state, folder / f"{parallel}_{last}.safetensors")
             save_file(weights, folder / f"{parallel}_{last}_finished.safetensors")
             (folder / f"{parallel}_{last}.json").write_text(json.dumps([log, facts]))
-        processes.wait()
+    leave_to_first(processes)
 
 
 if __name__ == "__main__":

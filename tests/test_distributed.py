@@ -283,6 +283,25 @@ def stderr_of(program: str, place: Path, n: int, *arguments: str) -> str:
     return done.stderr
 
 
+ENDS = """
+import atexit, sys, torch.distributed as dist
+from sparse_coding.processes import leave_to_first, open_processes
+atexit.register(lambda: print(f"met: {dist.is_initialized()}", file=sys.stderr, flush=True))
+processes = open_processes("cpu")
+if sys.argv[1] == "at once":
+    leave_to_first(processes)
+"""
+
+
+@pytest.mark.parametrize("when", ["at once", "at its end"])
+def test_every_process_parts_from_the_others_before_it_exits(tmp_path, when):
+    """Where they did not, two runs in three had one that aborted; torchrun then ends the rest."""
+    (tmp_path / "program.py").write_text(ENDS)
+    done = run_in(tmp_path, torchrun(3, "program.py", when))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("met: False") == 3 and "met: True" not in done.stderr
+
+
 @pytest.mark.parametrize("who", ["others", "all"])
 @pytest.mark.parametrize(
     ("kind", "line"),
