@@ -37,6 +37,8 @@ from sparse_coding.settings import (
 Parallel = Literal["ladder", "data", "features"]
 MAX_NAME_BYTES = 200
 JOIN = "+"
+CENTRED = "centred"
+"""What follows the @ of a model whose writing weights are centred."""
 
 
 def hooks_of(place: str) -> tuple[str, ...]:

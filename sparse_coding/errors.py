@@ -62,7 +62,7 @@ def report_user_errors_in_one_line() -> None:
     Of several processes (torchrun) only the first is heard, but an error of any of them is said:
     once on every machine, by the process that meets it first."""
     terminal = sys.stderr
-    atexit.register(_is_unread)  # before Python flushes, and complains
+    atexit.register(_drop_what_is_unread)  # before Python flushes, and complains
     if int(os.environ.get("RANK", "0")) > 0:
         sys.stdout = _nowhere()
         sys.stderr = held = _Held()
@@ -81,15 +81,15 @@ def report_user_errors_in_one_line() -> None:
         if issubclass(kind, KeyboardInterrupt):
             print("stopped by SIGINT", file=sys.stderr)
             sys.exit(INTERRUPTED)
-        if issubclass(kind, BrokenPipeError) and _is_unread():
+        if issubclass(kind, BrokenPipeError) and _drop_what_is_unread():
             sys.exit(UNREAD)
         sys.__excepthook__(kind, error, trace)
 
     sys.excepthook = hook
 
 
-def _is_unread() -> bool:
-    """Whether nobody reads our output any more; what is left of it then goes nowhere."""
+def _drop_what_is_unread() -> bool:
+    """Send output that nobody reads any more nowhere; whether that was so."""
     poll = select.poll()
     try:
         poll.register(sys.stdout, 0)  # errors alone: with a reader there is nothing to say

@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from sparse_coding.config import hooks_of
+from sparse_coding.config import CENTRED, hooks_of
 from sparse_coding.errors import UserError
 from sparse_coding.storage import sha256, whole_folder
 
@@ -48,7 +48,6 @@ STREAM_HOOKS = (
 )
 """In the order in which a block computes them; `mlp.hook_in` is what its MLP reads, normed."""
 RANDOMISATIONS = ("random", "shuffled")
-CENTRED = "centred"
 _IN_A_BLOCK = re.compile(r"\.\d+\.")
 NO_CODE = {"trust_remote_code": False}  # said, or the libraries ask at the terminal
 MAX_BLOCKS = 1024

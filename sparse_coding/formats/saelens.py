@@ -29,6 +29,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sparse_coding.config import CENTRED
 from sparse_coding.errors import UserError
 from sparse_coding.formats.folders import holds_files
 from sparse_coding.formats.formulas import formulas, refuse_what_cannot_be_said
@@ -50,8 +51,7 @@ from sparse_coding.storage import read_json, read_object, whole_folder, write_js
 CONFIG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
 recognises = partial(holds_files, names=(CONFIG, WEIGHTS))
 OURS = "sparse_coding"  # metadata key under which our own facts travel
-CENTRED = "@centred"  # in our name of a model; they say it with an option of TransformerLens
-OF_MODEL = "model_from_pretrained_kwargs"
+OF_MODEL = "model_from_pretrained_kwargs"  # says there what MODEL@centred does here
 VERSION = "6.54.12"  # the SAELens whose layout is written; without it theirs assumes one before 6
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "float16", "bfloat16")}
 
@@ -193,7 +193,7 @@ def training_facts(folder: Path) -> dict[str, Any]:
     hook_name = said.get("hook_name", said.get("hook_point"))  # before 3 it was a point
     lm, options = said.get("model_name"), said.get(OF_MODEL)
     if isinstance(lm, str) and isinstance(options, dict) and options.get("center_writing_weights"):
-        lm += CENTRED
+        lm += f"@{CENTRED}"
     return said | {
         "lm": lm,
         "hook_name": hook_name,
@@ -248,11 +248,11 @@ def _config(sae: SAE, metadata: dict[str, Any]) -> dict[str, Any]:
 
 def _in_words_of_saelens(metadata: dict[str, Any]) -> dict[str, Any]:
     """`metadata` with a centred model named as `training_facts` reads it."""
-    lm = str(metadata.get("model_name"))
-    if not lm.endswith(CENTRED):
+    lm, _, suffix = str(metadata.get("model_name")).rpartition("@")
+    if suffix != CENTRED:
         return metadata
     options = (metadata.get(OF_MODEL) or {}) | {"center_writing_weights": True}
-    return metadata | {"model_name": lm.removesuffix(CENTRED), OF_MODEL: options}
+    return metadata | {"model_name": lm, OF_MODEL: options}
 
 
 def _read_config(path: Path) -> dict[str, Any]:
